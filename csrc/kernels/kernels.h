@@ -1,0 +1,32 @@
+// The vector kernels and how one set of them is chosen at run time.
+//
+// Every ISA compiles the same sources (replay.inl, ops.inl) into one table of functions. Numbers are equal to the
+// last bit on every ISA where a kernel says so. No kernel allocates, throws or takes a lock.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/ops_kernels.h"
+#include "kernels/replay_kernels.h"
+
+namespace angle {
+
+struct Kernels {
+  const char* isa;  // "baseline", "avx2" or "avx512"
+  ReplayKernels replay;
+  OpsKernels ops;
+};
+
+// The table in use: the widest that the CPU has, or the one that the environment variable ANGLE_ISA names at the
+// first call. O(1). Any thread. Throws std::runtime_error when ANGLE_ISA names one that is unknown or that the CPU lacks.
+const Kernels& kernels();
+
+// Whether this machine can run the named ISA. Any thread.
+bool isa_available(const char* isa);
+
+// One table per ISA, each defined in its own translation unit.
+namespace baseline { extern const Kernels table; }
+namespace avx2 { extern const Kernels table; }
+namespace avx512 { extern const Kernels table; }
+
+}  // namespace angle

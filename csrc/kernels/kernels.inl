@@ -1,0 +1,25 @@
+// Compiled once per ISA; ANGLE_ISA_NAME is the namespace. Only C headers and intrinsics in here: a template from the
+// standard library, emitted as a weak symbol with wide instructions, could be the copy that the linker keeps for all.
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "kernels/kernels.h"
+
+#define ANGLE_STRINGIZE_(x) #x
+#define ANGLE_STRINGIZE(x) ANGLE_STRINGIZE_(x)
+
+namespace angle::ANGLE_ISA_NAME {
+namespace {
+#include "kernels/ops.inl"
+#include "kernels/replay.inl"
+}  // namespace
+
+extern const Kernels table;
+const Kernels table = {ANGLE_STRINGIZE(ANGLE_ISA_NAME), replay_kernels, ops_kernels};
+
+}  // namespace angle::ANGLE_ISA_NAME

@@ -1,0 +1,2 @@
+#define ANGLE_ISA_NAME avx512
+#include "kernels/kernels.inl"

@@ -1,0 +1,2 @@
+#define ANGLE_ISA_NAME baseline
+#include "kernels/kernels.inl"
