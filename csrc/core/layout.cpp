@@ -1,0 +1,110 @@
+#include "core/layout.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <bit>
+#include <new>
+#include <stdexcept>
+
+namespace angle {
+namespace {
+
+constexpr uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
+
+constexpr uint64_t kLargestField = 1ull << 30;
+
+uint64_t fnv1a(uint64_t hash, const void* data, size_t bytes) {
+  for (size_t i = 0; i < bytes; ++i) {
+    hash ^= static_cast<const uint8_t*>(data)[i];
+    hash *= 0x100000001B3ull;
+  }
+  return hash;
+}
+
+}  // namespace
+
+RecordLayout::RecordLayout(std::vector<Field> fields_in) : fields(std::move(fields_in)) {
+  schema_hash = 0xCBF29CE484222325ull;
+  std::vector<size_t> order;
+  for (size_t i = 0; i < fields.size(); ++i) {
+    const Field& field = fields[i];
+    if (field.bytes == 0 || field.bytes > kLargestField) {
+      throw std::invalid_argument("field '" + field.name + "' has " + std::to_string(field.bytes) +
+                                  " bytes a row; it must have between 1 and " + std::to_string(kLargestField));
+    }
+    if (!std::has_single_bit(field.itemsize) || field.itemsize > 8 || field.bytes % field.itemsize != 0) {
+      throw std::invalid_argument("field '" + field.name + "' has elements of " + std::to_string(field.itemsize) +
+                                  " bytes; they must have 1, 2, 4 or 8 and divide the row");
+    }
+    schema_hash = fnv1a(schema_hash, field.name.data(), field.name.size() + 1);
+    schema_hash = fnv1a(schema_hash, &field.itemsize, sizeof field.itemsize);
+    schema_hash = fnv1a(schema_hash, &field.bytes, sizeof field.bytes);
+    order.push_back(i);
+  }
+  const auto alignment = [this](size_t i) -> uint32_t {
+    // Long rows of small elements are copied by whole words.
+    return fields[i].itemsize < 4 && fields[i].bytes >= kLine ? 8 : fields[i].itemsize;
+  };
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return alignment(a) > alignment(b); });
+  uint64_t end = kHeader;
+  for (const size_t i : order) {
+    end = round_up(end, alignment(i));
+    fields[i].offset = static_cast<uint32_t>(end);
+    end += fields[i].bytes;
+    if (end > kLargestField) {
+      throw std::invalid_argument("a row has more than " + std::to_string(kLargestField) + " bytes");
+    }
+  }
+  record_bytes = round_up(end, kLine);
+}
+
+TreeShape::TreeShape(uint64_t capacity) {
+  // The sampler adds up the top itself, once a call: about a thousand nodes cost less than one more level.
+  constexpr uint32_t kShift = 5;
+  constexpr uint64_t kFewEnough = 2048;
+  uint64_t below = capacity;
+  leaves_padded = round_up(capacity, 1ull << kShift);
+  do {
+    shift[levels] = kShift;
+    below = (below + (1ull << kShift) - 1) >> kShift;
+    nodes[levels] = below;
+    padded[levels] = round_up(below, 1ull << kShift);
+    ++levels;
+  } while (below > (levels < 3 ? kFewEnough : kMaxTop));
+  const uint32_t capacity_bits = static_cast<uint32_t>(std::bit_width(capacity - 1));
+  weight_bits = 62 - std::max(22u, capacity_bits);
+}
+
+SegmentLayout::SegmentLayout(uint64_t capacity_in, const RecordLayout& record)
+    : tree(capacity_in == 0 ? 1 : capacity_in), capacity(capacity_in), record_bytes(record.record_bytes) {
+  constexpr uint64_t kMost = 1ull << 40, kBytes = 1ull << 61;
+  if (capacity == 0 || capacity > kMost || capacity > kBytes / record_bytes) {
+    throw std::invalid_argument("capacity is " + std::to_string(capacity) + "; it must be between 1 and " +
+                                std::to_string(std::min<uint64_t>(kMost, kBytes / record_bytes)) + " rows");
+  }
+  uint64_t end = round_up(sizeof(SegmentHeader), kLine);
+  streams_at = end;
+  end += kStreams * sizeof(uint64_t);
+  leaves_at = end;
+  end = round_up(end + tree.leaves_padded * sizeof(uint64_t), kLine);
+  for (size_t level = 0; level < tree.levels; ++level) {
+    sums_at[level] = end;
+    end = round_up(end + tree.padded[level] * sizeof(int64_t), kLine);
+  }
+  records_at = end;
+  total_bytes = end + capacity * record_bytes;
+}
+
+Memory::Memory(size_t bytes) : bytes_(bytes) {
+  void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  data_ = static_cast<uint8_t*>(mapped);
+#if defined(MADV_HUGEPAGE)
+  madvise(data_, bytes_, MADV_HUGEPAGE);  // fewer TLB misses in random reads; a refusal costs nothing but speed
+#endif
+}
+
+Memory::~Memory() { munmap(data_, bytes_); }
+
+}  // namespace angle

@@ -1,9 +1,303 @@
-bool any_nan_f32(const float* values, size_t n) {
-  int found = 0;
-  for (size_t i = 0; i < n; ++i) found |= values[i] != values[i];
-  return found != 0;
+size_t nan_rows_f32(const float* values, size_t n, size_t width) {
+  size_t rows = 0;
+  for (size_t row = 0; row < n; ++row, values += width) {
+    int found = 0;
+    for (size_t i = 0; i < width; ++i) found |= values[i] != values[i];
+    rows += found != 0;
+  }
+  return rows;
+}
+
+size_t nan_rows_f64(const double* values, size_t n, size_t width) {
+  size_t rows = 0;
+  for (size_t row = 0; row < n; ++row, values += width) {
+    int found = 0;
+    for (size_t i = 0; i < width; ++i) found |= values[i] != values[i];
+    rows += found != 0;
+  }
+  return rows;
+}
+
+// Eight Philox blocks side by side, each word in a 64-bit lane, so that one multiplication serves eight blocks.
+void philox_draws(uint64_t key, uint64_t counter, uint64_t stream, uint64_t* out, size_t n) {
+  constexpr int kLanes = 8;
+  constexpr uint64_t kLow = 0xFFFFFFFFull;
+  for (size_t start = 0; start < n; start += 2 * kLanes) {
+    uint64_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      c0[lane] = counter & kLow;
+      c1[lane] = counter >> 32;
+      c2[lane] = stream & kLow;
+      c3[lane] = (stream >> 32) + start / 2 + static_cast<uint64_t>(lane);
+    }
+    uint64_t k0 = key & kLow, k1 = key >> 32;
+    for (int round = 0; round < 10; ++round) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const uint64_t p0 = 0xD2511F53ull * (c0[lane] & kLow), p1 = 0xCD9E8D57ull * (c2[lane] & kLow);
+        const uint64_t n0 = (p1 >> 32) ^ c1[lane] ^ k0, n2 = (p0 >> 32) ^ c3[lane] ^ k1;
+        c1[lane] = p1 & kLow;
+        c3[lane] = p0 & kLow;
+        c0[lane] = n0;
+        c2[lane] = n2;
+      }
+      k0 = (k0 + 0x9E3779B9u) & kLow;
+      k1 = (k1 + 0xBB67AE85u) & kLow;
+    }
+    uint64_t bits[2 * kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      bits[2 * lane] = c0[lane] | c1[lane] << 32;
+      bits[2 * lane + 1] = c2[lane] | c3[lane] << 32;
+    }
+    const size_t count = n - start < 2 * kLanes ? n - start : 2 * kLanes;
+    memcpy(out + start, bits, count * sizeof(uint64_t));
+  }
+}
+
+inline int64_t load_once(const int64_t* address) { return __atomic_load_n(address, __ATOMIC_RELAXED); }
+inline uint64_t load_once(const uint64_t* address) { return __atomic_load_n(address, __ATOMIC_RELAXED); }
+
+int64_t prefix_sums(const int64_t* nodes, size_t n, int64_t* prefix) {
+  int64_t total = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t value = load_once(nodes + i);
+    total += value > 0 ? value : 0;
+    prefix[i] = total;
+  }
+  for (size_t i = n; i % 8 != 0; ++i) prefix[i] = INT64_MAX;
+  return total;
+}
+
+void locate(const int64_t* prefix, size_t n, int ascending, size_t count, uint64_t* index, int64_t* target) {
+  const size_t groups = (n + 7) / 8;
+  size_t group = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t wanted = target[i];
+    if (ascending) {
+      while (group + 1 < groups && prefix[8 * group + 7] <= wanted) ++group;
+    } else {
+      group = 0;
+      for (size_t span = groups; span > 1;) {
+        const size_t half = span / 2;
+        group = prefix[8 * (group + half - 1) + 7] <= wanted ? group + half : group;
+        span -= half;
+      }
+    }
+    size_t node = 8 * group;
+    for (size_t lane = 0; lane < 8; ++lane) node += prefix[8 * group + lane] <= wanted;
+    index[i] = node;
+    target[i] = node == 0 ? wanted : wanted - prefix[node - 1];
+  }
+}
+
+#if defined(__AVX512F__)
+
+// A read that the compiler cannot repeat: what it holds afterwards did not come from memory as far as it knows.
+inline __m512i load_vector(const void* address) {
+  __m512i value = _mm512_load_si512(address);
+  __asm__("" : "+v"(value));
+  return value;
+}
+
+inline __m512i running_sums(__m512i value) {
+  const __m512i zero = _mm512_setzero_si512();
+  value = _mm512_add_epi64(value, _mm512_alignr_epi64(value, zero, 7));
+  value = _mm512_add_epi64(value, _mm512_alignr_epi64(value, zero, 6));
+  return _mm512_add_epi64(value, _mm512_alignr_epi64(value, zero, 4));
+}
+
+// How many of the running sums of `fan` children are <= target; `target` becomes what is left within the child found.
+template <class Child>
+inline size_t find_child(size_t fan, int64_t* target, const Child& child) {
+  alignas(64) int64_t sums[65];
+  int64_t* const inclusive = sums + 1;
+  const __m512i wanted = _mm512_set1_epi64(*target), last = _mm512_set1_epi64(7);
+  __m512i carry = _mm512_setzero_si512();
+  size_t found = 0;
+  sums[0] = 0;
+  for (size_t start = 0; start < fan; start += 8) {
+    const __m512i running = _mm512_add_epi64(running_sums(child(start)), carry);
+    _mm512_storeu_si512(inclusive + start, running);
+    found += static_cast<size_t>(__builtin_popcount(_mm512_cmple_epi64_mask(running, wanted)));
+    carry = _mm512_permutexvar_epi64(last, running);
+  }
+  *target -= sums[found];
+  return found;
+}
+
+void descend(const int64_t* level, size_t fan, size_t count, uint64_t* index, int64_t* target) {
+  for (size_t i = 0; i < count; ++i) {
+    if (index[i] == kLost) continue;
+    const int64_t* node = level + index[i] * fan;
+    const size_t found = find_child(fan, target + i, [node](size_t start) {
+      return _mm512_max_epi64(load_vector(node + start), _mm512_setzero_si512());
+    });
+    index[i] = found == fan ? kLost : index[i] * fan + found;
+  }
+}
+
+void descend_leaves(const uint64_t* leaves, size_t fan, uint64_t weight_mask, size_t count, uint64_t* index,
+                    int64_t* target, uint64_t* words) {
+  const __m512i mask = _mm512_set1_epi64(static_cast<int64_t>(weight_mask));
+  for (size_t i = 0; i < count; ++i) {
+    if (index[i] == kLost) continue;
+    const uint64_t* node = leaves + index[i] * fan;
+    alignas(64) uint64_t read[64];
+    const size_t found = find_child(fan, target + i, [&](size_t start) {
+      const __m512i word = load_vector(node + start);
+      _mm512_store_si512(read + start, word);
+      return _mm512_and_si512(word, mask);
+    });
+    index[i] = found == fan ? kLost : index[i] * fan + found;
+    words[i] = found == fan ? 0 : read[found];
+  }
+}
+
+inline void copy_bytes(uint8_t* out, const uint8_t* in, size_t bytes) {
+  for (; bytes >= 64; bytes -= 64, in += 64, out += 64) _mm512_storeu_si512(out, _mm512_loadu_si512(in));
+  if (bytes != 0) {
+    const __mmask64 tail = ~0ull >> (64 - bytes);
+    _mm512_mask_storeu_epi8(out, tail, _mm512_maskz_loadu_epi8(tail, in));
+  }
+}
+
+#else
+
+void descend(const int64_t* level, size_t fan, size_t count, uint64_t* index, int64_t* target) {
+  for (size_t i = 0; i < count; ++i) {
+    if (index[i] == kLost) continue;
+    const int64_t* node = level + index[i] * fan;
+    int64_t running = 0, below = 0;
+    size_t found = 0;
+    for (size_t child = 0; child < fan; ++child) {
+      const int64_t value = load_once(node + child);
+      running += value > 0 ? value : 0;
+      found += running <= target[i];
+      below = running <= target[i] ? running : below;
+    }
+    target[i] -= below;
+    index[i] = found == fan ? kLost : index[i] * fan + found;
+  }
+}
+
+void descend_leaves(const uint64_t* leaves, size_t fan, uint64_t weight_mask, size_t count, uint64_t* index,
+                    int64_t* target, uint64_t* words) {
+  for (size_t i = 0; i < count; ++i) {
+    if (index[i] == kLost) continue;
+    const uint64_t* node = leaves + index[i] * fan;
+    uint64_t read[64];
+    int64_t running = 0, below = 0;
+    size_t found = 0;
+    for (size_t child = 0; child < fan; ++child) {
+      read[child] = load_once(node + child);
+      running += static_cast<int64_t>(read[child] & weight_mask);
+      found += running <= target[i];
+      below = running <= target[i] ? running : below;
+    }
+    target[i] -= below;
+    index[i] = found == fan ? kLost : index[i] * fan + found;
+    words[i] = found == fan ? 0 : read[found];
+  }
+}
+
+inline void copy_bytes(uint8_t* out, const uint8_t* in, size_t bytes) {
+  size_t done = 0;
+  for (; done + 16 <= bytes; done += 16) memcpy(out + done, in + done, 16);
+  for (; done + 8 <= bytes; done += 8) memcpy(out + done, in + done, 8);
+  for (; done + 4 <= bytes; done += 4) memcpy(out + done, in + done, 4);
+  for (; done < bytes; ++done) out[done] = in[done];
+}
+
+#endif
+
+void gather(const uint8_t* records, size_t record_bytes, const uint64_t* slots, size_t count, const FieldCopy* fields,
+            size_t field_count) {
+  constexpr size_t kAhead = 16, kLine = 64, kLarge = 2048;
+  for (size_t i = 0; i < count; ++i) {
+    if (i + kAhead < count && slots[i + kAhead] != kLost && record_bytes <= kLarge) {
+      const uint8_t* next = records + slots[i + kAhead] * record_bytes;
+      for (size_t at = 0; at < record_bytes; at += kLine) __builtin_prefetch(next + at);
+    }
+    if (slots[i] == kLost) continue;
+    const uint8_t* record = records + slots[i] * record_bytes;
+    for (size_t f = 0; f < field_count; ++f) {
+      uint8_t* out = fields[f].out + i * fields[f].bytes;
+      if (fields[f].bytes <= kLarge) {
+        copy_bytes(out, record + fields[f].offset, fields[f].bytes);
+      } else {
+        memcpy(out, record + fields[f].offset, fields[f].bytes);
+      }
+    }
+  }
+}
+
+inline double as_double(uint64_t bits) {
+  double value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint64_t as_bits(double value) {
+  uint64_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// log2 by the series of atanh on [sqrt(1/2), sqrt(2)), then exp2 by Taylor's on [-1/2, 1/2]: only additions,
+// multiplications, one division and shifts of bits, in a fixed order, so that every ISA and device agrees.
+void powers(double* values, size_t n, double exponent) {
+  constexpr uint64_t kRootHalf = 0x3FE6A09E667F3BCDull, kBias = 1023ull << 52, kMagicBits = 0x4330000000000000ull;
+  constexpr double kMagic = 0x1p52, kRound = 0x1.8p52, kSmallest = 0x1p-1022, kLog2E = 0x1.71547652b82fep+0,
+                   kLn2 = 0x1.62e42fefa39efp-1;
+  for (size_t i = 0; i < n; ++i) {
+    const double x = values[i] < kSmallest ? kSmallest : values[i];
+    const uint64_t bits = as_bits(x), biased = (bits - kRootHalf + kBias) >> 52;
+    const double whole = as_double(biased | kMagicBits) - kMagic - 1023.0;
+    const double mantissa = as_double(bits - (biased << 52) + kBias);
+    const double s = (mantissa - 1.0) / (mantissa + 1.0), q = s * s;
+    double series = 1.0 / 21.0;
+    series = series * q + 1.0 / 19.0;
+    series = series * q + 1.0 / 17.0;
+    series = series * q + 1.0 / 15.0;
+    series = series * q + 1.0 / 13.0;
+    series = series * q + 1.0 / 11.0;
+    series = series * q + 1.0 / 9.0;
+    series = series * q + 1.0 / 7.0;
+    series = series * q + 1.0 / 5.0;
+    series = series * q + 1.0 / 3.0;
+    series = series * q + 1.0;
+    double y = (whole + 2.0 * s * series * kLog2E) * exponent;
+    y = y < -1022.0 ? -1022.0 : y;
+    y = y > 1023.0 ? 1023.0 : y;
+    const double rounded = y + kRound;
+    const double f = (y - (rounded - kRound)) * kLn2;
+    double p = 1.0 / 6227020800.0;
+    p = p * f + 1.0 / 479001600.0;
+    p = p * f + 1.0 / 39916800.0;
+    p = p * f + 1.0 / 3628800.0;
+    p = p * f + 1.0 / 362880.0;
+    p = p * f + 1.0 / 40320.0;
+    p = p * f + 1.0 / 5040.0;
+    p = p * f + 1.0 / 720.0;
+    p = p * f + 1.0 / 120.0;
+    p = p * f + 1.0 / 24.0;
+    p = p * f + 1.0 / 6.0;
+    p = p * f + 0.5;
+    p = p * f + 1.0;
+    p = p * f + 1.0;
+    const double power = p * as_double((as_bits(rounded) + 1023ull) << 52);
+    const double at_zero = exponent == 0.0 ? 1.0 : 0.0;
+    values[i] = values[i] > 0.0 ? power : at_zero;
+  }
 }
 
 constexpr ReplayKernels replay_kernels = {
-    .any_nan_f32 = any_nan_f32,
+    .nan_rows_f32 = nan_rows_f32,
+    .nan_rows_f64 = nan_rows_f64,
+    .philox_draws = philox_draws,
+    .prefix_sums = prefix_sums,
+    .locate = locate,
+    .descend = descend,
+    .descend_leaves = descend_leaves,
+    .gather = gather,
+    .powers = powers,
 };

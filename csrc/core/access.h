@@ -1,0 +1,120 @@
+// How the replay touches memory that other threads write: the one place where a racing read is written down.
+//
+// WordAccess reads and writes by atomic words, acquire and release, and is what sanitizers and other CPUs than x86-64 run.
+// VectorAccess goes through the vector kernels: on x86-64 an aligned 64-bit lane of a vector load is read at once, and
+// loads are not reordered with loads, nor stores with stores, so the orders that WordAccess asks for hold by themselves;
+// what remains is to keep the compiler from moving anything, which barrier() does.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+#include "core/philox.h"
+#include "kernels/kernels.h"
+
+namespace angle {
+
+struct VectorAccess {
+  static int64_t prefix_sums(const int64_t* nodes, size_t n, int64_t* prefix) {
+    return kernels().replay.prefix_sums(nodes, n, prefix);
+  }
+  static void descend(const int64_t* level, size_t fan, size_t count, uint64_t* index, int64_t* target) {
+    kernels().replay.descend(level, fan, count, index, target);
+  }
+  static void descend_leaves(const uint64_t* leaves, size_t fan, uint64_t weight_mask, size_t count, uint64_t* index,
+                             int64_t* target, uint64_t* words) {
+    kernels().replay.descend_leaves(leaves, fan, weight_mask, count, index, target, words);
+  }
+  static void gather(const uint8_t* records, size_t record_bytes, const uint64_t* slots, size_t count,
+                     const FieldCopy* fields, size_t field_count) {
+    kernels().replay.gather(records, record_bytes, slots, count, fields, field_count);
+  }
+  static void store_field(uint8_t* record, const uint8_t* from, size_t bytes) { std::memcpy(record, from, bytes); }
+  static void barrier() { std::atomic_signal_fence(std::memory_order_seq_cst); }
+};
+
+struct WordAccess {
+  static int64_t load_node(const int64_t* node) { return __atomic_load_n(node, __ATOMIC_RELAXED); }
+  static uint64_t load_node(const uint64_t* node) { return __atomic_load_n(node, __ATOMIC_ACQUIRE); }
+
+  static int64_t prefix_sums(const int64_t* nodes, size_t n, int64_t* prefix) {
+    return baseline::table.replay.prefix_sums(nodes, n, prefix);  // already reads by atomic words
+  }
+  static void descend(const int64_t* level, size_t fan, size_t count, uint64_t* index, int64_t* target) {
+    descend_words<int64_t>(level, fan, ~0ull, count, index, target, nullptr);
+  }
+  static void descend_leaves(const uint64_t* leaves, size_t fan, uint64_t weight_mask, size_t count, uint64_t* index,
+                             int64_t* target, uint64_t* words) {
+    descend_words<uint64_t>(leaves, fan, weight_mask, count, index, target, words);
+  }
+  static void gather(const uint8_t* records, size_t record_bytes, const uint64_t* slots, size_t count,
+                     const FieldCopy* fields, size_t field_count) {
+    for (size_t i = 0; i < count; ++i) {
+      if (slots[i] == kLost) continue;
+      for (size_t f = 0; f < field_count; ++f) {
+        copy_words<true>(fields[f].out + i * fields[f].bytes, records + slots[i] * record_bytes + fields[f].offset,
+                         fields[f].bytes, fields[f].offset);
+      }
+    }
+  }
+  // Release stores: whoever sees a byte of a new row sees its slot marked busy (partner: the acquire loads of gather).
+  static void store_field(uint8_t* record, const uint8_t* from, size_t bytes) {
+    copy_words<false>(record, from, bytes, reinterpret_cast<uintptr_t>(record));
+  }
+  static void barrier() {}
+
+ private:
+  template <class Word>
+  static void descend_words(const Word* level, size_t fan, uint64_t mask, size_t count, uint64_t* index, int64_t* target,
+                            uint64_t* words) {
+    for (size_t i = 0; i < count; ++i) {
+      if (index[i] == kLost) continue;
+      const Word* node = level + index[i] * fan;
+      uint64_t found = kLost;
+      for (size_t child = 0; child < fan; ++child) {
+        const Word word = load_node(node + child);
+        int64_t share = static_cast<int64_t>(static_cast<uint64_t>(word) & mask);
+        if (share < 0) share = 0;
+        if (target[i] < share) {
+          found = index[i] * fan + child;
+          if (words != nullptr) words[i] = static_cast<uint64_t>(word);
+          break;
+        }
+        target[i] -= share;
+      }
+      index[i] = found;
+    }
+  }
+
+  template <class Word, bool kLoad>
+  static size_t copy_as(uint8_t* out, const uint8_t* in, size_t done, size_t bytes) {
+    for (; done + sizeof(Word) <= bytes; done += sizeof(Word)) {
+      Word word;
+      if constexpr (kLoad) {
+        word = __atomic_load_n(reinterpret_cast<const Word*>(in + done), __ATOMIC_ACQUIRE);
+        std::memcpy(out + done, &word, sizeof word);
+      } else {
+        std::memcpy(&word, in + done, sizeof word);
+        __atomic_store_n(reinterpret_cast<Word*>(out + done), word, __ATOMIC_RELEASE);
+      }
+    }
+    return done;
+  }
+
+  // The widest words that the shared side's address is aligned to; reader and writer of a field agree on them.
+  template <bool kLoad>
+  static void copy_words(uint8_t* out, const uint8_t* in, size_t bytes, uintptr_t shared_offset) {
+    size_t done = 0;
+    if (shared_offset % 8 == 0) done = copy_as<uint64_t, kLoad>(out, in, done, bytes);
+    if (shared_offset % 4 == 0) done = copy_as<uint32_t, kLoad>(out, in, done, bytes);
+    copy_as<uint8_t, kLoad>(out, in, done, bytes);
+  }
+};
+
+#if defined(ANGLE_WORD_ACCESS)
+using DefaultAccess = WordAccess;
+#else
+using DefaultAccess = VectorAccess;
+#endif
+
+}  // namespace angle

@@ -1,0 +1,141 @@
+// The priority tree: integer weights in leaves that only compare-and-swap changes, and sums above them that only relaxed
+// adds change. Integer adds commute, so the sums equal the leaves' whenever no call is under way, whatever came before.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+#include "core/access.h"
+#include "core/layout.h"
+
+namespace angle {
+
+// A leaf word: lap | computed | busy | weight. The lap is the row's generation (0: never written) and its sequence lock;
+// busy: the row is being written and weighs nothing; computed: the weight came from update_priorities.
+struct LeafCode {
+  explicit LeafCode(uint32_t weight_bits_in)
+      : weight_bits(weight_bits_in),
+        weight_mask((1ull << weight_bits_in) - 1),
+        busy(1ull << weight_bits_in),
+        computed(2ull << weight_bits_in),
+        lap_mask(~0ull >> (weight_bits_in + 2)) {}
+
+  uint64_t weight(uint64_t leaf) const { return leaf & weight_mask; }
+  uint64_t lap(uint64_t leaf) const { return leaf >> (weight_bits + 2); }
+  uint64_t with_lap(uint64_t lap_in) const { return lap_in << (weight_bits + 2); }
+  bool is_busy(uint64_t leaf) const { return (leaf & busy) != 0; }
+  bool is_computed(uint64_t leaf) const { return (leaf & computed) != 0; }
+
+  uint32_t weight_bits;
+  uint64_t weight_mask, busy, computed, lap_mask;
+};
+
+// Weights by size in buckets of 1/32 octave, so that the largest live one is known to 3.2 %.
+struct WeightBuckets {
+  // 1 <= weight < 2**62. O(1).
+  static size_t of(uint64_t weight) {
+    const int octave = 63 - __builtin_clzll(weight);
+    return static_cast<size_t>(octave) * 32 + ((weight << (63 - octave)) >> 58 & 31);
+  }
+  // The largest weight of a bucket. O(1).
+  static uint64_t upper_edge(size_t bucket) {
+    const size_t octave = bucket / 32;
+    const uint64_t lead = 32 + bucket % 32;
+    return octave >= 5 ? ((lead + 1) << (octave - 5)) - 1 : lead >> (5 - octave);
+  }
+};
+
+template <class Access>
+class PriorityTree {
+ public:
+  PriorityTree(uint8_t* segment, const SegmentLayout& layout)
+      : shape_(layout.tree), code(layout.tree.weight_bits), leaves_(segment + layout.leaves_at) {
+    for (size_t level = 0; level < shape_.levels; ++level) sums_[level] = segment + layout.sums_at[level];
+  }
+
+  // The leaf of a slot. Any thread.
+  std::atomic<uint64_t>& leaf(uint64_t slot) const { return reinterpret_cast<std::atomic<uint64_t>*>(leaves_)[slot]; }
+  void prefetch(uint64_t slot) const {
+    __builtin_prefetch(leaves_ + slot * sizeof(uint64_t), 1);
+    __builtin_prefetch(sums_[0] + (slot >> shape_.shift[0]) * sizeof(int64_t), 1);
+  }
+
+  // Collects changes of neighbouring leaves, so that rows inserted side by side share their adds. One thread's own.
+  class Deltas {
+   public:
+    explicit Deltas(const PriorityTree& tree) : tree_(tree) {}
+    ~Deltas() { flush(); }
+    Deltas(const Deltas&) = delete;
+    Deltas& operator=(const Deltas&) = delete;
+
+    // The leaf's weight has changed by delta. O(levels). Wait-free.
+    void add(uint64_t slot, int64_t delta) {
+      if (delta == 0) return;
+      const uint64_t node = slot >> tree_.shape_.shift[0];
+      if (node != node_) {
+        flush();
+        node_ = node;
+      }
+      pending_ += delta;
+    }
+
+   private:
+    // Adds what is pending to the node of each level.
+    void flush() {
+      if (pending_ == 0) return;
+      uint64_t node = node_;
+      for (size_t level = 0;;) {
+        tree_.sum(level, node).fetch_add(pending_, std::memory_order_relaxed);
+        if (++level == tree_.shape_.levels) break;
+        node >>= tree_.shape_.shift[level];
+      }
+      pending_ = 0;
+    }
+
+    const PriorityTree& tree_;
+    uint64_t node_ = 0;
+    int64_t pending_ = 0;
+  };
+
+  // Nodes of the level that the sampler adds up itself.
+  size_t top_nodes() const { return shape_.nodes[shape_.levels - 1]; }
+
+  // Running sums of the top level, negative sums read as 0. Returns the total. `prefix` holds top_nodes() rounded up to 8.
+  int64_t top_prefix(int64_t* prefix) const { return Access::prefix_sums(sums(shape_.levels - 1), top_nodes(), prefix); }
+
+  // From targets in [0, total) to slots, all draws a level at a time. slots[i] is kLost where the sums promised weight that the
+  // leaves did not hold (it was in flight); words[i] is the leaf as read, of positive weight. O(count * levels * fan).
+  void find(const int64_t* prefix, bool ascending, size_t count, int64_t* targets, uint64_t* slots, uint64_t* words) const {
+    kernels().replay.locate(prefix, top_nodes(), ascending, count, slots, targets);
+    for (size_t level = shape_.levels - 1; level > 0; --level) {
+      for (size_t i = 0; i < count; ++i) prefetch_node(sums_[level - 1], slots[i], shape_.shift[level]);
+      Access::descend(sums(level - 1), 1ull << shape_.shift[level], count, slots, targets);
+    }
+    for (size_t i = 0; i < count; ++i) prefetch_node(leaves_, slots[i], shape_.shift[0]);
+    Access::descend_leaves(reinterpret_cast<const uint64_t*>(leaves_), 1ull << shape_.shift[0], code.weight_mask, count,
+                           slots, targets, words);
+  }
+
+  const TreeShape& shape() const { return shape_; }
+
+ private:
+  const TreeShape shape_;
+
+ public:
+  const LeafCode code;
+
+ private:
+  const int64_t* sums(size_t level) const { return reinterpret_cast<const int64_t*>(sums_[level]); }
+  std::atomic<int64_t>& sum(size_t level, uint64_t node) const {
+    return reinterpret_cast<std::atomic<int64_t>*>(sums_[level])[node];
+  }
+  static void prefetch_node(const uint8_t* children, uint64_t node, uint32_t shift) {
+    if (node == kLost) return;
+    const uint8_t* first = children + (node << shift) * sizeof(uint64_t);
+    for (size_t at = 0; at < (sizeof(uint64_t) << shift); at += kLine) __builtin_prefetch(first + at);
+  }
+
+  uint8_t* leaves_;
+  uint8_t* sums_[TreeShape::kMaxLevels]{};
+};
+
+}  // namespace angle
