@@ -76,13 +76,23 @@ TreeShape::TreeShape(uint64_t capacity) {
   weight_bits = 62 - std::max(22u, capacity_bits);
 }
 
-SegmentLayout::SegmentLayout(uint64_t capacity_in, const RecordLayout& record)
-    : tree(capacity_in == 0 ? 1 : capacity_in), capacity(capacity_in), record_bytes(record.record_bytes) {
-  constexpr uint64_t kMost = 1ull << 40, kBytes = 1ull << 61;
-  if (capacity == 0 || capacity > kMost || capacity > kBytes / record_bytes) {
+namespace {
+
+uint64_t checked_capacity(uint64_t capacity, size_t record_bytes) {
+  const uint64_t most = std::min<uint64_t>(1ull << 40, (1ull << 61) / record_bytes);
+  if (capacity == 0 || capacity > most) {
     throw std::invalid_argument("capacity is " + std::to_string(capacity) + "; it must be between 1 and " +
-                                std::to_string(std::min<uint64_t>(kMost, kBytes / record_bytes)) + " rows");
+                                std::to_string(most) + " rows");
   }
+  return capacity;
+}
+
+}  // namespace
+
+SegmentLayout::SegmentLayout(uint64_t capacity_in, const RecordLayout& record)
+    : tree(checked_capacity(capacity_in, record.record_bytes)),
+      capacity(capacity_in),
+      record_bytes(record.record_bytes) {
   uint64_t end = round_up(sizeof(SegmentHeader), kLine);
   streams_at = end;
   end += kStreams * sizeof(uint64_t);

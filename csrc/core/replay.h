@@ -98,6 +98,8 @@ class ReplayT {
   uint8_t* segment() const { return memory_.data(); }
   // Whether `saved`, the first bytes of a segment, describe one of this shape; if not, says what differs.
   void check_header(const SegmentHeader& saved) const;
+  // After the segment's bytes were replaced: go on with the seed in its header.
+  void adopt_seed() { options_.seed = header().seed; }
 
  private:
   struct Scratch;

@@ -1,0 +1,603 @@
+"""Replay buffers over the compiled core: :class:`PrioritizedReplayBuffer` and :class:`ReplayBuffer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from angle_rl import _core
+from angle_rl.types import Array, Batch
+
+ImportanceExponent: TypeAlias = "float | Callable[[int], float]"
+"""A number, or a schedule from the number of rows inserted so far to a number."""
+
+
+class Field(NamedTuple):
+    """One array of a row."""
+
+    name: str  # nested observations are flattened to names: "observations.camera", "observations.0"
+    shape: tuple[int, ...]  # of one row
+    dtype: np.dtype[Any]
+
+
+class Schema(NamedTuple):
+    """The fields of a row, and how nested observations and actions are put together again.
+
+    A structure is ``None`` for one array, a tuple of keys for a dict, or the number of members of a tuple, with the
+    members' structures beside it.
+    """
+
+    observations: tuple[Field, ...]
+    actions: tuple[Field, ...]
+    rewards: Field
+    observation_structure: Any
+    action_structure: Any
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """All fields in the order in which the core keeps them."""
+        successors = (f._replace(name=f"next_{f.name}") for f in self.observations)
+        return (*self.observations, *self.actions, self.rewards, *successors)
+
+
+def make_schema(
+    schema: Mapping[str, Any] | Sequence[Any] | Schema | None,
+    observation_space: gym.Space[Any] | None = None,
+    action_space: gym.Space[Any] | None = None,
+) -> Schema:
+    """The schema from a description or from two spaces.
+
+    A description is a mapping with ``observations``, ``actions`` and optionally ``rewards``, whose values are
+    ``(shape, dtype)``, a Gymnasium space, or a dict or tuple of those; or a sequence of ``(name, shape, dtype)``.
+    A float64 ``Box`` is kept as float32, since that is what networks take; a description is kept to the letter.
+    """
+    if isinstance(schema, Schema):
+        return schema
+    if schema is None:
+        if observation_space is None or action_space is None:
+            raise ValueError("schema is None; then observation_space and action_space must both be given")
+        schema = {"observations": observation_space, "actions": action_space}
+    elif observation_space is not None or action_space is not None:
+        raise ValueError("schema is given; then observation_space and action_space must be left out")
+    elif not isinstance(schema, Mapping):
+        schema = {name: (shape, dtype) for name, shape, dtype in schema}
+    known = {"observations", "actions", "rewards", "next_observations"}
+    for name in schema:
+        if name not in known:
+            raise ValueError(f"schema has a field {name!r}; a row has {', '.join(sorted(known))}")
+    for name in ("observations", "actions"):
+        if name not in schema:
+            raise ValueError(f"schema lacks the field {name!r}")
+    if "next_observations" in schema and schema["next_observations"] != schema["observations"]:
+        raise ValueError("schema['next_observations'] differs from schema['observations']; they must be equal")
+    observations: list[Field] = []
+    actions: list[Field] = []
+    rewards: list[Field] = []
+    observation_structure = _describe("observations", schema["observations"], observations)
+    action_structure = _describe("actions", schema["actions"], actions)
+    _describe("rewards", schema.get("rewards", ((), np.float32)), rewards)
+    if len(rewards) != 1 or rewards[0].shape != () or rewards[0].dtype.kind != "f":
+        raise ValueError(f"schema['rewards'] is {schema['rewards']!r}; a reward is one floating-point number")
+    return Schema(tuple(observations), tuple(actions), rewards[0], observation_structure, action_structure)
+
+
+def _describe(name: str, described: Any, into: list[Field]) -> Any:
+    """Append the fields of a description and return its structure."""
+    spaces = gym.spaces
+    if isinstance(described, spaces.Dict):
+        described = dict(described.spaces)
+    if isinstance(described, spaces.Tuple):
+        described = tuple(described.spaces)
+    if isinstance(described, Mapping):
+        keys = tuple(described)
+        return (keys, tuple(_describe(f"{name}.{key}", described[key], into) for key in keys))
+    if isinstance(described, spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete | spaces.Discrete):
+        dtype = np.dtype(described.dtype)
+        described = (described.shape or (), np.dtype(np.float32) if dtype == np.float64 else dtype)
+    if isinstance(described, gym.Space):
+        raise ValueError(f"{name} is the space {described}; the replay keeps Box, Discrete, MultiDiscrete, "
+                         "MultiBinary, Dict and Tuple spaces")
+    if isinstance(described, tuple) and not _is_leaf(described):
+        return (len(described), tuple(_describe(f"{name}.{i}", d, into) for i, d in enumerate(described)))
+    if not _is_leaf(described):
+        raise ValueError(f"schema describes {name} as {described!r}; it must be (shape, dtype), a space, or a dict or "
+                         "tuple of those")
+    shape = (described[0],) if isinstance(described[0], int) else tuple(int(length) for length in described[0])
+    dtype = np.dtype(described[1])
+    if any(length < 1 for length in shape):
+        raise ValueError(f"schema gives {name} the shape {shape}; every length must be at least 1")
+    try:
+        torch.from_numpy(np.empty(0, dtype))
+    except TypeError:
+        raise ValueError(f"schema gives {name} the dtype {dtype}, which torch does not have") from None
+    into.append(Field(name, shape, dtype))
+    return None
+
+
+def _is_leaf(described: Any) -> bool:
+    if not isinstance(described, tuple | list) or len(described) != 2:
+        return False
+    shape = described[0]
+    return isinstance(shape, int) or (
+        isinstance(shape, tuple | list) and all(isinstance(length, int | np.integer) for length in shape)
+    )
+
+
+def _flatten(name: str, structure: Any, value: Any, into: list[Any]) -> None:
+    if structure is None:
+        into.append(value)
+        return
+    keys, members = structure
+    if isinstance(keys, int):
+        if not isinstance(value, tuple | list) or len(value) != keys:
+            raise ValueError(f"{name} is {type(value).__name__}; it must be a tuple of {keys}")
+        keys = tuple(range(keys))
+    elif not isinstance(value, Mapping) or set(value) != set(keys):
+        raise ValueError(f"{name} must be a dict with the keys {', '.join(map(str, keys))}")
+    for key, member in zip(keys, members, strict=True):
+        _flatten(f"{name}.{key}", member, value[key], into)
+
+
+def _unflatten(structure: Any, values: list[Any]) -> Any:
+    """Take values from the front of the list into the structure."""
+    if structure is None:
+        return values.pop(0)
+    keys, members = structure
+    built = [_unflatten(member, values) for member in members]
+    return tuple(built) if isinstance(keys, int) else dict(zip(keys, built, strict=True))
+
+
+def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+    if not low <= value <= high or math.isinf(value):
+        raise ValueError(f"{name} is {value}; it must be finite, at least {low}" + (
+            f" and at most {high}" if high < math.inf else ""))
+    return float(value)
+
+
+def _check_integer(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} is {value!r}; it must be an integer")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must be between {low} and {high}")
+    return int(value)
+
+
+def _available_memory() -> int:
+    """Bytes that this process may still take: what the system has free, within the control group's limit."""
+    available = 2**63
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            text = limit.read().strip()
+            if text != "max":
+                available = min(available, int(text) - int(used.read()))
+    except (OSError, StopIteration):
+        pass
+    return available
+
+
+def _as_array(name: str, value: Any) -> Array:
+    if isinstance(value, torch.Tensor):
+        if value.device.type != "cpu":
+            raise ValueError(f"{name} is on the device {value.device}; insert takes host memory ('cpu')")
+        value = value.detach().numpy()
+    array = np.asarray(value)
+    if array.dtype == object:
+        raise TypeError(f"{name} is {type(value).__name__}; it must be an array")
+    return array
+
+
+class ReplayBuffer:
+    """Uniform replay: every stored row is equally likely.
+
+    Rows are transitions; the oldest is overwritten when ``capacity`` is reached. Any thread may insert and sample at any
+    time; none waits for another. With one thread, the same seed and the same calls give the same batches bit for bit.
+
+    Args:
+        capacity: rows kept, at least 1. The memory is reserved at once; a MemoryError says when it is not to be had.
+        schema: what a row holds; see :func:`make_schema`. Or give both spaces:
+        observation_space, action_space: Gymnasium spaces of one environment.
+        discount: factor in [0, 1] of the bootstrap value, which ``sample`` puts into ``Batch.discounts``.
+        stratified: one draw from each of ``batch_size`` equal shares (lower variance) instead of independent draws.
+        seed: in [0, 2**64), decides every draw.
+    """
+
+    _prioritized = False
+
+    def __init__(
+        self,
+        capacity: int,
+        schema: Mapping[str, Any] | Sequence[Any] | Schema | None = None,
+        *,
+        observation_space: gym.Space[Any] | None = None,
+        action_space: gym.Space[Any] | None = None,
+        discount: float = 0.99,
+        stratified: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self._build(capacity, schema, observation_space, action_space, discount, stratified, seed, 0.0, 0.0)
+
+    def _build(
+        self,
+        capacity: int,
+        schema: Mapping[str, Any] | Sequence[Any] | Schema | None,
+        observation_space: gym.Space[Any] | None,
+        action_space: gym.Space[Any] | None,
+        discount: float,
+        stratified: bool,
+        seed: int,
+        priority_exponent: float,
+        priority_epsilon: float,
+    ) -> None:
+        self.schema = make_schema(schema, observation_space, action_space)
+        self.discount = _check_number("discount", discount, 0.0, 1.0)
+        capacity = _check_integer("capacity", capacity, 1, 2**63 - 1)
+        seed = _check_integer("seed", seed, 0, 2**64 - 1)
+        fields = self.schema.fields
+        row = sum(int(np.prod(f.shape, dtype=object)) * f.dtype.itemsize for f in fields)
+        needed, available = capacity * (row + 32), _available_memory()
+        if needed > available:
+            raise MemoryError(f"capacity is {capacity} rows, which need {needed / 2**30:.1f} GiB; "
+                              f"{available / 2**30:.1f} GiB are available")
+        self._core = _core.Replay(
+            capacity,
+            [(f.name, f.dtype, list(f.shape)) for f in fields],
+            len(self.schema.observations),
+            self._prioritized,
+            bool(stratified),
+            priority_exponent,
+            priority_epsilon,
+            seed,
+        )
+        self._flat = self.schema.observation_structure is None and self.schema.action_structure is None
+        self._torch_dtypes = [torch.from_numpy(np.empty(0, f.dtype)).dtype for f in fields]
+        self._importance_exponent: ImportanceExponent = 0.0
+        self._sizes: tuple[int, list[tuple[tuple[int, ...], torch.dtype]]] = (-1, [])
+        self._checked_out: tuple[Batch | None, tuple[int, ...]] = (None, ())
+
+    def __len__(self) -> int:
+        return self._core.size
+
+    @property
+    def capacity(self) -> int:
+        """Rows that the buffer can hold."""
+        return self._core.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory reserved, rows and index together."""
+        return self._core.nbytes
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the buffer was made: rows inserted and sampled, priorities updated and refused, slots met busy,
+        draws repeated, weights saturated, rows whose observations hold a NaN; and the rows held and bytes reserved."""
+        return {**self._core.stats(), "size": len(self), "capacity": self.capacity, "nbytes": self.nbytes}
+
+    def insert(
+        self,
+        observations: Any,
+        actions: Any,
+        rewards: Any,
+        next_observations: Any,
+        terminated: Any,
+        truncated: Any = None,
+        streams: Any = None,
+    ) -> Array:
+        """Add one transition, or ``n`` with a leading axis on every argument.
+
+        Args:
+            observations, next_observations: ``[*shape]`` or ``[n, *shape]``; dicts or tuples of those for nested spaces.
+                ``next_observations`` are the true successors, also where the episode ended.
+            actions: ``[*shape]`` or ``[n, *shape]``.
+            rewards: a finite number or ``[n]``.
+            terminated, truncated: bool or ``[n]`` bool. A terminated row has no bootstrap value, a truncated one has.
+            streams: which environment each row came from, an integer in [0, 65536) or ``[n]``; rows of one stream
+                come in time order. None: all from stream 0.
+
+        Returns:
+            int64 handles ``[n]`` (``[1]`` for one row), for :meth:`PrioritizedReplayBuffer.update_priorities`.
+
+        Raises:
+            ValueError, TypeError: a shape, dtype, device or value that does not fit; then nothing is inserted.
+
+        Arrays and CPU tensors of the right dtype that are contiguous are taken without a copy; others are converted by
+        NumPy's ``same_kind`` rule. Any thread; rows of one stream from one thread at a time.
+        """
+        if self._flat and type(observations) is np.ndarray:
+            handles: Array | None = self._core.insert(
+                (observations, actions, rewards, next_observations), terminated, truncated, streams
+            )
+            if handles is not None:
+                return handles
+        return self._insert_checked(observations, actions, rewards, next_observations, terminated, truncated, streams)
+
+    def _insert_checked(
+        self,
+        observations: Any,
+        actions: Any,
+        rewards: Any,
+        next_observations: Any,
+        terminated: Any,
+        truncated: Any,
+        streams: Any,
+    ) -> Array:
+        schema = self.schema
+        values: list[Any] = []
+        _flatten("observations", schema.observation_structure, observations, values)
+        _flatten("actions", schema.action_structure, actions, values)
+        values.append(rewards)
+        _flatten("next_observations", schema.observation_structure, next_observations, values)
+        first, first_field = _as_array("observations", values[0]), schema.observations[0]
+        batched = first.ndim == len(first_field.shape) + 1
+        n = first.shape[0] if batched else 1
+        columns = tuple(
+            self._column(f.name, value, f.shape, f.dtype, n, batched)
+            for f, value in zip(schema.fields, values, strict=True)
+        )
+        flag = np.dtype(np.bool_)
+        ended = self._column("terminated", terminated, (), flag, n, batched)
+        cut = None if truncated is None else self._column("truncated", truncated, (), flag, n, batched)
+        if streams is not None:
+            streams = self._column("streams", streams, (), np.dtype(np.int64), n, batched)
+        handles: Array | None = self._core.insert(columns, ended, cut, streams)
+        if handles is None:
+            raise RuntimeError("the core refused arrays that the facade had converted; please report this")
+        return handles
+
+    @staticmethod
+    def _column(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], n: int, batched: bool) -> Array:
+        array = _as_array(name, value)
+        expected = (n, *shape) if batched else shape
+        if array.shape != expected:
+            one_or_many = f"{shape} for one row, (n, {', '.join(map(str, shape))}{',' if shape else ''}) for n"
+            raise ValueError(f"{name} has the shape {array.shape}; expected {expected} ({one_or_many})")
+        if not np.can_cast(array.dtype, dtype, "same_kind"):
+            raise TypeError(f"{name} has the dtype {array.dtype}, which does not convert to {dtype}")
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(array.reshape(n, *shape), dtype=dtype)
+
+    def sample(
+        self,
+        batch_size: int,
+        *,
+        discount: float | None = None,
+        importance_exponent: float | None = None,
+        out: Batch | None = None,
+        device: torch.device | str | None = None,
+    ) -> Batch:
+        """Draw ``batch_size`` rows with replacement.
+
+        Args:
+            batch_size: at least 1.
+            discount: in [0, 1]; None: the buffer's.
+            importance_exponent: at least 0; None: the buffer's. Without effect on a uniform buffer.
+            out: a batch that an earlier call returned, to be filled again instead of allocating.
+            device: where the tensors shall be; CUDA is reached by an asynchronous copy from pinned memory.
+
+        Returns:
+            A :class:`~angle_rl.types.Batch` of fresh tensors, or ``out``. Every row was complete and of positive weight
+            when it was read; the batch is no snapshot of the buffer.
+
+        Raises:
+            ValueError: the buffer is empty, no row has positive weight, or an argument is out of range.
+
+        Any thread. Importance weights are ``(N P(i))**-importance_exponent`` over the batch's largest (Schaul et al.,
+        "Prioritized experience replay", 2016, section 3.4).
+        """
+        if type(batch_size) is not int or not 0 < batch_size < 2**31:
+            batch_size = _check_integer("batch_size", batch_size, 1, 2**31 - 1)
+        if discount is None:
+            discount = self.discount
+        else:
+            discount = _check_number("discount", discount, 0.0, 1.0)
+        if importance_exponent is None:
+            exponent = self._importance_exponent
+            importance_exponent = exponent if isinstance(exponent, float) else self._scheduled(exponent)
+        else:
+            importance_exponent = _check_number("importance_exponent", importance_exponent, 0.0)
+        if device is not None:
+            return self._sample_to(torch.device(device), batch_size, discount, importance_exponent, out)
+        if out is None:
+            tensors = self._allocate(batch_size)
+            batch, addresses = self._assemble(tensors), [t.data_ptr() for t in tensors]
+        else:
+            batch, addresses = out, self._addresses(out, batch_size)
+        fields = len(self._torch_dtypes)
+        self._core.sample(
+            batch_size, discount, importance_exponent, tuple(addresses[:fields]), *addresses[fields:]
+        )
+        return batch
+
+    def _scheduled(self, schedule: Callable[[int], float]) -> float:
+        return _check_number("importance_exponent", float(schedule(self._core.stats()["inserts"])), 0.0)
+
+    def _allocate(self, n: int, pin_memory: bool = False) -> list[torch.Tensor]:
+        """Fields in the schema's order, then discounts, importance weights, handles, steps."""
+        if self._sizes[0] != n:
+            shapes: list[tuple[int, ...]] = [(n, *f.shape) for f in self.schema.fields]
+            sizes = list(zip(shapes, self._torch_dtypes, strict=True))
+            sizes += [((n,), torch.float32)] * 2 + [((n,), torch.int64)] * 2
+            self._sizes = (n, sizes)
+        empty = torch.empty
+        if pin_memory:
+            return [empty(size, dtype=dtype, pin_memory=True) for size, dtype in self._sizes[1]]
+        return [empty(size, dtype=dtype) for size, dtype in self._sizes[1]]
+
+    def _assemble(self, tensors: list[torch.Tensor]) -> Batch:
+        if self._flat:
+            observations, actions, rewards, successors, discounts, weights, handles, steps = tensors
+            return Batch(observations, actions, rewards, successors, discounts, weights, handles, steps)
+        left = list(tensors)
+        observations = _unflatten(self.schema.observation_structure, left)
+        actions = _unflatten(self.schema.action_structure, left)
+        rewards = left.pop(0)
+        successors = _unflatten(self.schema.observation_structure, left)
+        return Batch(observations, actions, rewards, successors, *left)
+
+    def _leaves(self, batch: Batch) -> list[torch.Tensor]:
+        leaves: list[torch.Tensor] = []
+        _flatten("observations", self.schema.observation_structure, batch.observations, leaves)
+        _flatten("actions", self.schema.action_structure, batch.actions, leaves)
+        leaves.append(batch.rewards)
+        _flatten("next_observations", self.schema.observation_structure, batch.next_observations, leaves)
+        return [*leaves, batch.discounts, batch.importance_weights, batch.handles, batch.steps]
+
+    def _addresses(self, out: Batch, n: int) -> list[int]:
+        """The addresses of ``out``'s tensors, checked anew when any of them has moved."""
+        leaves = self._leaves(out)
+        addresses = [leaf.data_ptr() for leaf in leaves]
+        if self._checked_out[0] is out and self._checked_out[1] == (n, *addresses):
+            return addresses
+        names = [f.name for f in self.schema.fields]
+        names += ["discounts", "importance_weights", "handles", "steps"]
+        self._allocate(n)
+        for name, leaf, (size, dtype) in zip(names, leaves, self._sizes[1], strict=True):
+            fits = tuple(leaf.shape) == size and leaf.dtype == dtype
+            if not fits or not leaf.is_contiguous() or leaf.device.type != "cpu":
+                raise ValueError(f"out.{name} is {leaf.dtype} {tuple(leaf.shape)} on {leaf.device}; expected {dtype} "
+                                 f"{size}, contiguous, on cpu")
+        if len(set(addresses)) < len(addresses):
+            raise ValueError("out holds the same memory twice; every tensor must have its own")
+        self._checked_out = (out, (n, *addresses))
+        return addresses
+
+    def _sample_to(
+        self, device: torch.device, n: int, discount: float, importance_exponent: float, out: Batch | None
+    ) -> Batch:
+        if out is not None:
+            raise ValueError("out and device are both given; out is filled where it is, so leave one of them out")
+        tensors = self._allocate(n, pin_memory=device.type == "cuda")
+        addresses = [t.data_ptr() for t in tensors]
+        fields = len(self._torch_dtypes)
+        self._core.sample(n, discount, importance_exponent, tuple(addresses[:fields]), *addresses[fields:])
+        return self._assemble([t.to(device, non_blocking=True) for t in tensors])
+
+    def export_state(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Everything that decides the next batches: byte arrays, which are views of the buffer, and JSON-able facts.
+
+        Only while no other call is under way; copy the views before the next insert if they are to stay.
+        """
+        facts = {
+            "fields": [[f.name, list(f.shape), f.dtype.str] for f in self.schema.fields],
+            "capacity": self.capacity,
+            "prioritized": self._prioritized,
+            "size": len(self),
+        }
+        return self._core.parts(), facts
+
+    def import_state(self, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
+        """Take over what :meth:`export_state` gave, in place of all rows here.
+
+        Raises ValueError, and changes nothing, when the state comes from another schema, capacity or kind of buffer.
+        """
+        own = self.export_state()[1]
+        for name in ("fields", "capacity", "prioritized"):
+            if facts.get(name) != own[name]:
+                raise ValueError(f"the saved replay's {name} is {facts.get(name)}; this buffer's is {own[name]}")
+        for name in ("index", "records"):
+            if name not in arrays:
+                raise ValueError(f"the saved replay lacks the array {name!r}")
+        self._core.restore(np.ascontiguousarray(arrays["index"]), np.ascontiguousarray(arrays["records"]))
+
+
+class PrioritizedReplayBuffer(ReplayBuffer):
+    """Prioritised replay (Schaul et al., "Prioritized experience replay", 2016): ``P(i) = w_i / sum(w)`` with
+    ``w = (td_error + priority_epsilon) ** priority_exponent`` in fixed point (unit 2**-20).
+
+    The weights are integers and their sums exact: at rest, whatever came before, rows are drawn with exactly their
+    share. A row's priority can never land on the row that overwrote it. New rows take the largest priority computed by
+    :meth:`update_priorities` for a row that still lives (at most 3.2 % high in weight), 1 before any update.
+
+    Args beside those of :class:`ReplayBuffer`:
+        priority_exponent: at least 0; 0 draws uniformly.
+        importance_exponent: at least 0, or a schedule ``f(rows inserted so far) -> number``.
+        priority_epsilon: at least 0, added to every td_error.
+    """
+
+    _prioritized = True
+
+    def __init__(
+        self,
+        capacity: int,
+        schema: Mapping[str, Any] | Sequence[Any] | Schema | None = None,
+        *,
+        observation_space: gym.Space[Any] | None = None,
+        action_space: gym.Space[Any] | None = None,
+        priority_exponent: float = 0.6,
+        importance_exponent: ImportanceExponent = 0.4,
+        priority_epsilon: float = 1e-6,
+        discount: float = 0.99,
+        stratified: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.priority_exponent = _check_number("priority_exponent", priority_exponent, 0.0)
+        self.priority_epsilon = _check_number("priority_epsilon", priority_epsilon, 0.0)
+        if not callable(importance_exponent):
+            importance_exponent = _check_number("importance_exponent", importance_exponent, 0.0)
+        self._build(
+            capacity,
+            schema,
+            observation_space,
+            action_space,
+            discount,
+            stratified,
+            seed,
+            self.priority_exponent,
+            self.priority_epsilon,
+        )
+        self._importance_exponent = importance_exponent
+
+    def update_priorities(self, handles: Any, td_errors: Any) -> int:
+        """Give rows new priorities.
+
+        Args:
+            handles: int64 ``[n]``, from :meth:`insert` or ``Batch.handles``. Of equal handles the last one wins.
+            td_errors: float32 or float64 ``[n]``, finite and not negative: |target - estimate|, mean over critics.
+
+        Returns:
+            How many handles were refused because their row has been overwritten since.
+
+        Raises:
+            ValueError: a NaN, infinite or negative td_error (the first bad index is named), a handle that was never
+                issued, unequal lengths. Nothing is changed then.
+
+        Arrays and CPU tensors that are contiguous go in without a copy; CUDA tensors are copied to the host. Any thread.
+        """
+        if not (type(handles) is torch.Tensor and handles.dtype is torch.int64 and handles.is_cpu
+                and handles.is_contiguous()):
+            handles = self._host("handles", handles)
+            if not np.can_cast(handles.numpy().dtype, np.int64, "same_kind") and handles.numel() > 0:
+                raise TypeError(f"handles has the dtype {handles.dtype}; handles are int64")
+            handles = handles.to(torch.int64)
+        if not (type(td_errors) is torch.Tensor and td_errors.dtype is torch.float32 and td_errors.is_cpu
+                and td_errors.is_contiguous()):
+            td_errors = self._host("td_errors", td_errors)
+            if td_errors.dtype not in (torch.float32, torch.float64):
+                if td_errors.dtype.is_complex or td_errors.dtype == torch.bool:
+                    raise TypeError(f"td_errors has the dtype {td_errors.dtype}; td_errors are real numbers")
+                td_errors = td_errors.to(torch.float64)
+        if handles.dim() != 1 or handles.shape != td_errors.shape:
+            raise ValueError(f"handles has the shape {tuple(handles.shape)} and td_errors {tuple(td_errors.shape)}; both "
+                             "must be (n,)")
+        return self._core.update(
+            handles.data_ptr(), td_errors.data_ptr(), td_errors.dtype == torch.float64, handles.numel()
+        )
+
+    @staticmethod
+    def _host(name: str, value: Any) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            if value.device.type not in ("cpu", "cuda"):
+                raise ValueError(f"{name} is on the device {value.device}; it must be on cpu or cuda")
+            return value.detach().cpu().contiguous()
+        array = np.ascontiguousarray(value)
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"{name} has the dtype {array.dtype}; it must be numbers")
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
