@@ -67,28 +67,6 @@ int64_t prefix_sums(const int64_t* nodes, size_t n, int64_t* prefix) {
   return total;
 }
 
-void locate(const int64_t* prefix, size_t n, int ascending, size_t count, uint64_t* index, int64_t* target) {
-  const size_t groups = (n + 7) / 8;
-  size_t group = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t wanted = target[i];
-    if (ascending) {
-      while (group + 1 < groups && prefix[8 * group + 7] <= wanted) ++group;
-    } else {
-      group = 0;
-      for (size_t span = groups; span > 1;) {
-        const size_t half = span / 2;
-        group = prefix[8 * (group + half - 1) + 7] <= wanted ? group + half : group;
-        span -= half;
-      }
-    }
-    size_t node = 8 * group;
-    for (size_t lane = 0; lane < 8; ++lane) node += prefix[8 * group + lane] <= wanted;
-    index[i] = node;
-    target[i] = node == 0 ? wanted : wanted - prefix[node - 1];
-  }
-}
-
 #if defined(__AVX512F__)
 
 // A read that the compiler cannot repeat: what it holds afterwards did not come from memory as far as it knows.
@@ -96,6 +74,35 @@ inline __m512i load_vector(const void* address) {
   __m512i value = _mm512_load_si512(address);
   __asm__("" : "+v"(value));
   return value;
+}
+
+inline uint64_t count_le(const int64_t* sums, __m512i wanted) {
+  return static_cast<uint64_t>(__builtin_popcount(_mm512_cmple_epi64_mask(_mm512_loadu_si512(sums), wanted)));
+}
+
+// A search tree of eight-way nodes over the prefix sums: every level is one comparison, without a branch to mispredict.
+void locate(const int64_t* prefix, size_t n, int, size_t count, uint64_t* index, int64_t* target) {
+  constexpr size_t kLevels = 5, kMost = 8 * 8 * 8 * 8;  // PriorityTree's top has at most this many nodes
+  int64_t coarse[kLevels][kMost / 8 + 8];
+  const int64_t* levels[kLevels];
+  size_t height = 0, length = (n + 7) / 8 * 8;
+  levels[0] = prefix;
+  while (length > 8) {
+    const int64_t* below = levels[height];
+    int64_t* above = coarse[height];
+    const size_t groups = length / 8;
+    for (size_t group = 0; group < groups; ++group) above[group] = below[8 * group + 7];
+    length = (groups + 7) / 8 * 8;
+    for (size_t group = groups; group < length; ++group) above[group] = INT64_MAX;
+    levels[++height] = above;
+  }
+  for (size_t i = 0; i < count; ++i) {
+    const __m512i wanted = _mm512_set1_epi64(target[i]);
+    size_t node = 0;
+    for (size_t level = height + 1; level-- > 0;) node = 8 * node + count_le(levels[level] + 8 * node, wanted);
+    index[i] = node;
+    target[i] -= node == 0 ? 0 : prefix[node - 1];
+  }
 }
 
 inline __m512i running_sums(__m512i value) {
@@ -162,6 +169,28 @@ inline void copy_bytes(uint8_t* out, const uint8_t* in, size_t bytes) {
 
 #else
 
+void locate(const int64_t* prefix, size_t n, int ascending, size_t count, uint64_t* index, int64_t* target) {
+  const size_t groups = (n + 7) / 8;
+  size_t group = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t wanted = target[i];
+    if (ascending) {
+      while (group + 1 < groups && prefix[8 * group + 7] <= wanted) ++group;
+    } else {
+      group = 0;
+      for (size_t span = groups; span > 1;) {
+        const size_t half = span / 2;
+        group = prefix[8 * (group + half - 1) + 7] <= wanted ? group + half : group;
+        span -= half;
+      }
+    }
+    size_t node = 8 * group;
+    for (size_t lane = 0; lane < 8; ++lane) node += prefix[8 * group + lane] <= wanted;
+    index[i] = node;
+    target[i] = node == 0 ? wanted : wanted - prefix[node - 1];
+  }
+}
+
 void descend(const int64_t* level, size_t fan, size_t count, uint64_t* index, int64_t* target) {
   for (size_t i = 0; i < count; ++i) {
     if (index[i] == kLost) continue;
@@ -211,12 +240,15 @@ inline void copy_bytes(uint8_t* out, const uint8_t* in, size_t bytes) {
 
 void gather(const uint8_t* records, size_t record_bytes, const uint64_t* slots, size_t count, const FieldCopy* fields,
             size_t field_count) {
-  constexpr size_t kAhead = 16, kLine = 64, kLarge = 2048;
+  constexpr size_t kAhead = 16, kCacheLine = 64, kLarge = 2048;
+  const auto prefetch_row = [=](size_t i) {
+    if (i >= count || slots[i] == kLost || record_bytes > kLarge) return;
+    const uint8_t* record = records + slots[i] * record_bytes;
+    for (size_t at = 0; at < record_bytes; at += kCacheLine) __builtin_prefetch(record + at);
+  };
+  for (size_t i = 0; i < kAhead; ++i) prefetch_row(i);
   for (size_t i = 0; i < count; ++i) {
-    if (i + kAhead < count && slots[i + kAhead] != kLost && record_bytes <= kLarge) {
-      const uint8_t* next = records + slots[i + kAhead] * record_bytes;
-      for (size_t at = 0; at < record_bytes; at += kLine) __builtin_prefetch(next + at);
-    }
+    prefetch_row(i + kAhead);
     if (slots[i] == kLost) continue;
     const uint8_t* record = records + slots[i] * record_bytes;
     for (size_t f = 0; f < field_count; ++f) {
