@@ -1,5 +1,7 @@
-// The replay for Python: arrays in and out by address, conversions that NumPy's same_kind rule allows, and the one place
-// that decides when the interpreter's lock is let go.
+// The replay for Python: arrays in and out by address, conversions that NumPy's same_kind rule allows, and the one
+// place that decides when the interpreter's lock is let go.
+#include "core/replay.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,7 +15,6 @@
 #include <vector>
 
 #include "bindings/bindings.h"
-#include "core/replay.h"
 
 namespace py = pybind11;
 
@@ -92,8 +93,7 @@ class PyReplay {
     const size_t rows = static_cast<size_t>(n);
     check_rewards(rows);
     py::array_t<int64_t> handles(n);
-    const InsertRows request{rows,           pointers_.data(), terminated_data,
-                             truncated_data, streams_data,     count_nan(rows)};
+    const InsertRows request{rows, pointers_.data(), terminated_data, truncated_data, streams_data, count_nan(rows)};
     const bool release = rows * replay_->record().record_bytes > kLongWorkBytes;
     {
       std::optional<py::gil_scoped_release> released;
@@ -123,7 +123,8 @@ class PyReplay {
       addresses = many.data();
     }
     for (size_t f = 0; f < field_addresses.size(); ++f) {
-      addresses[f] = static_cast<uint8_t*>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(field_addresses.ptr(), static_cast<py::ssize_t>(f))));
+      addresses[f] =
+          static_cast<uint8_t*>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(field_addresses.ptr(), static_cast<py::ssize_t>(f))));
     }
     const SampleOut out{addresses, reinterpret_cast<float*>(discounts), reinterpret_cast<float*>(importance_weights),
                         reinterpret_cast<int64_t*>(handles), reinterpret_cast<int64_t*>(steps)};
@@ -178,16 +179,15 @@ class PyReplay {
     const SegmentLayout& layout = replay_->layout();
     const auto index_bytes = static_cast<uint64_t>(index.size()), record_bytes = static_cast<uint64_t>(records.size());
     if (index_bytes != layout.records_at) {
-      throw std::invalid_argument("the saved replay's index has " + std::to_string(index_bytes) + " bytes; it must have " +
-                                  std::to_string(layout.records_at));
+      throw std::invalid_argument("the saved replay's index has " + std::to_string(index_bytes) +
+                                  " bytes; it must have " + std::to_string(layout.records_at));
     }
     const auto& saved = *reinterpret_cast<const SegmentHeader*>(index.data());
     replay_->check_header(saved);
     const uint64_t rows = std::min<uint64_t>(saved.next_ticket.load(), replay_->capacity());
     if (record_bytes != rows * layout.record_bytes) {
-      throw std::invalid_argument("the saved replay's records have " + std::to_string(record_bytes) +
-                                  " bytes; its " + std::to_string(rows) + " rows need " +
-                                  std::to_string(rows * layout.record_bytes));
+      throw std::invalid_argument("the saved replay's records have " + std::to_string(record_bytes) + " bytes; its " +
+                                  std::to_string(rows) + " rows need " + std::to_string(rows * layout.record_bytes));
     }
     std::memcpy(replay_->segment(), index.data(), index_bytes);
     std::memcpy(replay_->segment() + layout.records_at, records.data(), record_bytes);
@@ -319,11 +319,12 @@ void bind_replay(py::module_& m) {
     }
   });
   py::class_<PyReplay>(m, "Replay", "The compiled replay. angle_rl.replay is its public face.")
-      .def(py::init<uint64_t, const std::vector<std::tuple<std::string, py::dtype, std::vector<py::ssize_t>>>&, size_t, bool,
-                    bool, double, double, uint64_t>(),
+      .def(py::init<uint64_t, const std::vector<std::tuple<std::string, py::dtype, std::vector<py::ssize_t>>>&, size_t,
+                    bool, bool, double, double, uint64_t>(),
            py::arg("capacity"), py::arg("fields"), py::arg("observation_fields"), py::arg("prioritized"),
            py::arg("stratified"), py::arg("priority_exponent"), py::arg("priority_epsilon"), py::arg("seed"))
-      .def("insert", &PyReplay::insert, py::arg("columns"), py::arg("terminated"), py::arg("truncated"), py::arg("streams"))
+      .def("insert", &PyReplay::insert, py::arg("columns"), py::arg("terminated"), py::arg("truncated"),
+           py::arg("streams"))
       .def("sample", &PyReplay::sample, py::arg("n"), py::arg("discount"), py::arg("importance_exponent"),
            py::arg("field_addresses"), py::arg("discounts"), py::arg("importance_weights"), py::arg("handles"),
            py::arg("steps"))

@@ -1,9 +1,9 @@
 // How the replay touches memory that other threads write: the one place where a racing read is written down.
 //
-// WordAccess reads and writes by atomic words, acquire and release, and is what sanitizers and other CPUs than x86-64 run.
-// VectorAccess goes through the vector kernels: on x86-64 an aligned 64-bit lane of a vector load is read at once, and
-// loads are not reordered with loads, nor stores with stores, so the orders that WordAccess asks for hold by themselves;
-// what remains is to keep the compiler from moving anything, which barrier() does.
+// WordAccess reads and writes by atomic words, acquire and release, and is what sanitizers and other CPUs than x86-64
+// run. VectorAccess goes through the vector kernels: on x86-64 an aligned 64-bit lane of a vector load is read at once,
+// and loads are not reordered with loads, nor stores with stores, so the orders that WordAccess asks for hold by
+// themselves; what remains is to keep the compiler from moving anything, which barrier() does.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -65,8 +65,8 @@ struct WordAccess {
 
  private:
   template <class Word>
-  static void descend_words(const Word* level, size_t fan, uint64_t mask, size_t count, uint64_t* index, int64_t* target,
-                            uint64_t* words) {
+  static void descend_words(const Word* level, size_t fan, uint64_t mask, size_t count, uint64_t* index,
+                            int64_t* target, uint64_t* words) {
     for (size_t i = 0; i < count; ++i) {
       if (index[i] == kLost) continue;
       const Word* node = level + index[i] * fan;

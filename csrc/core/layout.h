@@ -64,16 +64,16 @@ struct SegmentHeader {
 
   alignas(kLine) std::atomic<uint64_t> next_ticket;
   alignas(kLine) std::atomic<uint64_t> sample_calls;
-  alignas(kLine) std::atomic<uint64_t> inserts;  // rows published
-  std::atomic<uint64_t> busy_slots;              // tickets given up because their slot was being written
-  std::atomic<uint64_t> nan_observations;        // rows whose observations hold a NaN
-  alignas(kLine) std::atomic<uint64_t> samples;  // rows returned
-  std::atomic<uint64_t> retries;                 // draws repeated
-  alignas(kLine) std::atomic<uint64_t> updates;  // priorities written
-  std::atomic<uint64_t> refused_updates;         // handles whose row was overwritten
-  std::atomic<uint64_t> saturated_weights;       // weights cut to the largest that a leaf holds
-  alignas(kLine) std::atomic<uint64_t> highest_bucket;     // no bucket above this one holds a row
-  alignas(kLine) std::atomic<int64_t> buckets[kBuckets];   // live rows by computed weight, 32 buckets an octave
+  alignas(kLine) std::atomic<uint64_t> inserts;           // rows published
+  std::atomic<uint64_t> busy_slots;                       // tickets given up because their slot was being written
+  std::atomic<uint64_t> nan_observations;                 // rows whose observations hold a NaN
+  alignas(kLine) std::atomic<uint64_t> samples;           // rows returned
+  std::atomic<uint64_t> retries;                          // draws repeated
+  alignas(kLine) std::atomic<uint64_t> updates;           // priorities written
+  std::atomic<uint64_t> refused_updates;                  // handles whose row was overwritten
+  std::atomic<uint64_t> saturated_weights;                // weights cut to the largest that a leaf holds
+  alignas(kLine) std::atomic<uint64_t> highest_bucket;    // no bucket above this one holds a row
+  alignas(kLine) std::atomic<int64_t> buckets[kBuckets];  // live rows by computed weight, 32 buckets an octave
 };
 
 // The parts of a segment, in bytes from its start, each on a cache line of its own.

@@ -60,7 +60,7 @@ uint64_t ReplayT<Access>::size() const {
   return std::min(header().next_ticket.load(std::memory_order_acquire), options_.capacity);
 }
 
-// ---- weights -----------------------------------------------------------------------------------------------------------
+// ---- weights ----
 
 template <class Access>
 uint64_t ReplayT<Access>::to_fixed(double weight, uint64_t* saturated) const {
@@ -119,7 +119,7 @@ uint64_t ReplayT<Access>::default_weight() const {
   return weight_of(1.0, &saturated);
 }
 
-// ---- insert ------------------------------------------------------------------------------------------------------------
+// ---- insert ----
 
 template <class Access>
 bool ReplayT<Access>::claim(uint64_t ticket, uint64_t* old_leaf) {
@@ -154,7 +154,8 @@ void ReplayT<Access>::write_record(uint64_t ticket, const InsertRows& rows, size
   // release: as in store_field.
   word_at(slot, RecordLayout::kTicket).store(ticket, std::memory_order_release);
   word_at(slot, RecordLayout::kNext).store(ticket, std::memory_order_release);  // itself: no next row yet
-  word_at(slot, RecordLayout::kStreamAndEnd).store(stream | terminated << 32 | truncated << 33, std::memory_order_release);
+  word_at(slot, RecordLayout::kStreamAndEnd)
+      .store(stream | terminated << 32 | truncated << 33, std::memory_order_release);
 }
 
 template <class Access>
@@ -232,10 +233,10 @@ void ReplayT<Access>::insert(const InsertRows& rows, int64_t* handles) {
   if (rows.nan_rows != 0) h.nan_observations.fetch_add(rows.nan_rows, std::memory_order_relaxed);
 }
 
-// ---- sample ------------------------------------------------------------------------------------------------------------
+// ---- sample ----
 
-// Draw i's place in [0, total): with strata floor((i + u) * total / n), else floor(u * total), u = bits / 2**64. A row of
-// weight w owns w consecutive places, so its chance differs from w / total by less than 2**-63.
+// Draw i's place in [0, total): with strata floor((i + u) * total / n), else floor(u * total), u = bits / 2**64. A row
+// of weight w owns w consecutive places, so its chance differs from w / total by less than 2**-63.
 template <class Access>
 uint64_t ReplayT<Access>::target_of(uint64_t bits, uint64_t total, size_t i, size_t n) const {
   const uint64_t within = static_cast<uint64_t>((static_cast<unsigned __int128>(bits) * total) >> 64);
@@ -271,7 +272,8 @@ void ReplayT<Access>::draw_again(size_t i, size_t n, uint64_t call, Scratch& s, 
   uint64_t bits = 0;
   for (uint64_t attempt = 1; attempt <= kAttempts; ++attempt) {
     header().retries.fetch_add(1, std::memory_order_relaxed);
-    const PhiloxBlock block = philox(options_.seed, call, (kSample | attempt << 8) + (static_cast<uint64_t>(i / 2) << 32));
+    const PhiloxBlock block =
+        philox(options_.seed, call, (kSample | attempt << 8) + (static_cast<uint64_t>(i / 2) << 32));
     bits = i % 2 == 0 ? block.low() : block.high();
     if (options_.prioritized) {
       const int64_t total = tree_.top_prefix(s.prefix.data());
@@ -300,8 +302,7 @@ void ReplayT<Access>::sample(size_t n, double discount, double importance_expone
   const uint64_t rows = size();
   if (rows == 0) throw NothingToSample("the buffer is empty; insert rows before sampling");
   Scratch& s = scratch(n, tree_.top_nodes());
-  const int64_t total =
-      options_.prioritized ? tree_.top_prefix(s.prefix.data()) : static_cast<int64_t>(rows);
+  const int64_t total = options_.prioritized ? tree_.top_prefix(s.prefix.data()) : static_cast<int64_t>(rows);
   if (total <= 0 && next_ticket() == h.inserts.load(std::memory_order_relaxed)) {
     throw NothingToSample("no row of the buffer has positive weight; nothing can be sampled");
   }
@@ -342,7 +343,8 @@ void ReplayT<Access>::sample(size_t n, double discount, double importance_expone
   s.fields.clear();
   s.fields.push_back({reinterpret_cast<uint8_t*>(s.headers.data()), 0, RecordLayout::kHeader});
   for (size_t f = 0; f < record_.fields.size(); ++f) {
-    if (out.fields[f] != nullptr) s.fields.push_back({out.fields[f], record_.fields[f].offset, record_.fields[f].bytes});
+    if (out.fields[f] != nullptr)
+      s.fields.push_back({out.fields[f], record_.fields[f].offset, record_.fields[f].bytes});
   }
   Access::barrier();
   Access::gather(memory_.data() + layout_.records_at, layout_.record_bytes, s.slots.data(), n, s.fields.data(),
@@ -353,8 +355,8 @@ void ReplayT<Access>::sample(size_t n, double discount, double importance_expone
   uint64_t smallest = ~0ull;
   for (size_t i = 0; i < n; ++i) {
     const uint64_t slot = s.slots[i];
-    const bool whole = slot != kLost && code.weight(s.words[i]) != 0 && !code.is_busy(s.words[i]) &&
-                       still_whole(slot, s.words[i]);
+    const bool whole =
+        slot != kLost && code.weight(s.words[i]) != 0 && !code.is_busy(s.words[i]) && still_whole(slot, s.words[i]);
     if (!whole) [[unlikely]] {
       draw_again(i, n, call, s, s.fields);
     }
@@ -377,7 +379,7 @@ void ReplayT<Access>::sample(size_t n, double discount, double importance_expone
   h.samples.fetch_add(n, std::memory_order_relaxed);
 }
 
-// ---- update ------------------------------------------------------------------------------------------------------------
+// ---- update ----
 
 template <class Access>
 template <class Real>
@@ -393,7 +395,8 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
     }
     if (handles[i] < 0 || static_cast<uint64_t>(handles[i]) >= issued) {
       throw std::invalid_argument("handles[" + std::to_string(i) + "] is " + std::to_string(handles[i]) +
-                                  ", which was never issued; handles so far lie in [0, " + std::to_string(issued) + ")");
+                                  ", which was never issued; handles so far lie in [0, " + std::to_string(issued) +
+                                  ")");
     }
     s.reals[i] = td_error + options_.priority_epsilon;
   }
@@ -452,13 +455,13 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
   return refused;
 }
 
-// ---- looking in --------------------------------------------------------------------------------------------------------
+// ---- looking in ----
 
 template <class Access>
 ReplayStats ReplayT<Access>::stats() const {
   const SegmentHeader& h = header();
   const auto read = [](const std::atomic<uint64_t>& counter) { return counter.load(std::memory_order_relaxed); };
-  return {read(h.inserts),         read(h.samples), read(h.updates),           read(h.refused_updates),
+  return {read(h.inserts),    read(h.samples), read(h.updates),           read(h.refused_updates),
           read(h.busy_slots), read(h.retries), read(h.saturated_weights), read(h.nan_observations)};
 }
 
@@ -505,9 +508,9 @@ void ReplayT<Access>::check_header(const SegmentHeader& saved) const {
   require(saved.record_bytes == own.record_bytes, "record size", saved.record_bytes, own.record_bytes);
 }
 
-#define ANGLE_INSTANTIATE(Access)                                                                \
-  template class ReplayT<Access>;                                                                \
-  template size_t ReplayT<Access>::update<float>(const int64_t*, const float*, size_t);          \
+#define ANGLE_INSTANTIATE(Access)                                                       \
+  template class ReplayT<Access>;                                                       \
+  template size_t ReplayT<Access>::update<float>(const int64_t*, const float*, size_t); \
   template size_t ReplayT<Access>::update<double>(const int64_t*, const double*, size_t);
 
 ANGLE_INSTANTIATE(WordAccess)

@@ -1,11 +1,12 @@
 // Lock-free prioritised replay: a ring of records under a tree of integer weights.
 //
-// A row's handle is its ticket, counted up from 0: slot = ticket % capacity, lap = ticket / capacity + 1. The slot's leaf
-// word holds lap, busy flag and weight, and only compare-and-swap changes it, so that
+// A row's handle is its ticket, counted up from 0: slot = ticket % capacity, lap = ticket / capacity + 1. The slot's
+// leaf word holds lap, busy flag and weight, and only compare-and-swap changes it, so that
 //   - a writer claims a slot by swapping in (its lap, busy, 0), writes the record, and publishes by storing the weight;
 //   - a sampler reads the leaf, copies the record, reads the leaf again, and drops the row if lap or busy changed;
 //   - an update whose row is gone finds another lap and is refused, even between its check and its write.
-// Nobody waits for anybody: a writer that meets a busy slot takes another ticket, a sampler that loses a row draws again.
+// Nobody waits for anybody: a writer that meets a busy slot takes another ticket, a sampler that loses a row draws
+// again.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -31,10 +32,10 @@ struct ReplayOptions {
 struct InsertRows {
   size_t n;
   const uint8_t* const* fields;
-  const uint8_t* terminated;          // [n], 0 or 1
-  const uint8_t* truncated = nullptr; // [n], 0 or 1; nullptr: none
-  const int64_t* streams = nullptr;   // [n], 0 <= stream < kStreams; nullptr: all 0
-  size_t nan_rows = 0;                // how many hold a NaN observation, for the statistics
+  const uint8_t* terminated;           // [n], 0 or 1
+  const uint8_t* truncated = nullptr;  // [n], 0 or 1; nullptr: none
+  const int64_t* streams = nullptr;    // [n], 0 <= stream < kStreams; nullptr: all 0
+  size_t nan_rows = 0;                 // how many hold a NaN observation, for the statistics
 };
 
 // Where a batch goes. fields[f] has room for n rows of field f, or is nullptr to leave that field out.

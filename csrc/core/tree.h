@@ -1,5 +1,6 @@
-// The priority tree: integer weights in leaves that only compare-and-swap changes, and sums above them that only relaxed
-// adds change. Integer adds commute, so the sums equal the leaves' whenever no call is under way, whatever came before.
+// The priority tree: integer weights in leaves that only compare-and-swap changes, and sums above them that only
+// relaxed adds change. Integer adds commute, so the sums equal the leaves' whenever no call is under way, whatever came
+// before.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -9,8 +10,8 @@
 
 namespace angle {
 
-// A leaf word: lap | computed | busy | weight. The lap is the row's generation (0: never written) and its sequence lock;
-// busy: the row is being written and weighs nothing; computed: the weight came from update_priorities.
+// A leaf word: lap | computed | busy | weight. The lap is the row's generation (0: never written) and its sequence
+// lock; busy: the row is being written and weighs nothing; computed: the weight came from update_priorities.
 struct LeafCode {
   explicit LeafCode(uint32_t weight_bits_in)
       : weight_bits(weight_bits_in),
@@ -99,12 +100,17 @@ class PriorityTree {
   // Nodes of the level that the sampler adds up itself.
   size_t top_nodes() const { return shape_.nodes[shape_.levels - 1]; }
 
-  // Running sums of the top level, negative sums read as 0. Returns the total. `prefix` holds top_nodes() rounded up to 8.
-  int64_t top_prefix(int64_t* prefix) const { return Access::prefix_sums(sums(shape_.levels - 1), top_nodes(), prefix); }
+  // Running sums of the top level, negative sums read as 0. Returns the total. `prefix` holds top_nodes() rounded up
+  // to 8.
+  int64_t top_prefix(int64_t* prefix) const {
+    return Access::prefix_sums(sums(shape_.levels - 1), top_nodes(), prefix);
+  }
 
-  // From targets in [0, total) to slots, all draws a level at a time. slots[i] is kLost where the sums promised weight that the
-  // leaves did not hold (it was in flight); words[i] is the leaf as read, of positive weight. O(count * levels * fan).
-  void find(const int64_t* prefix, bool ascending, size_t count, int64_t* targets, uint64_t* slots, uint64_t* words) const {
+  // From targets in [0, total) to slots, all draws a level at a time. slots[i] is kLost where the sums promised weight
+  // that the leaves did not hold (it was in flight); words[i] is the leaf as read, of positive weight. O(count * levels
+  // * fan).
+  void find(const int64_t* prefix, bool ascending, size_t count, int64_t* targets, uint64_t* slots,
+            uint64_t* words) const {
     kernels().replay.locate(prefix, top_nodes(), ascending, count, slots, targets);
     for (size_t level = shape_.levels - 1; level > 0; --level) {
       for (size_t i = 0; i < count; ++i) prefetch_node(sums_[level - 1], slots[i], shape_.shift[level]);

@@ -18,15 +18,22 @@ struct Kernels {
 };
 
 // The table in use: the widest that the CPU has, or the one that the environment variable ANGLE_ISA names at the
-// first call. O(1). Any thread. Throws std::runtime_error when ANGLE_ISA names one that is unknown or that the CPU lacks.
+// first call. O(1). Any thread. Throws std::runtime_error when ANGLE_ISA names one that is unknown or that the CPU
+// lacks.
 const Kernels& kernels();
 
 // Whether this machine can run the named ISA. Any thread.
 bool isa_available(const char* isa);
 
 // One table per ISA, each defined in its own translation unit.
-namespace baseline { extern const Kernels table; }
-namespace avx2 { extern const Kernels table; }
-namespace avx512 { extern const Kernels table; }
+namespace baseline {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
 
 }  // namespace angle

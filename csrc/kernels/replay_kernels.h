@@ -43,8 +43,8 @@ struct ReplayKernels {
   void (*gather)(const uint8_t* records, size_t record_bytes, const uint64_t* slots, size_t count,
                  const FieldCopy* fields, size_t field_count);
 
-  // values[i] = values[i] ** exponent for finite values >= 0 by fixed float64 arithmetic, equal on every ISA to the last
-  // bit; 0 ** 0 is 1. Relative error below 1e-13 for results in float64's normal range. Cost n.
+  // values[i] = values[i] ** exponent for finite values >= 0 by fixed float64 arithmetic, equal on every ISA to the
+  // last bit; 0 ** 0 is 1. Relative error below 1e-13 for results in float64's normal range. Cost n.
   void (*powers)(double* values, size_t n, double exponent);
 };
 

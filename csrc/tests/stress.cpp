@@ -48,7 +48,8 @@ void learner(ReplayT<Access>& replay, uint64_t thread) {
     }
     for (size_t i = 0; i < 32; ++i) {
       require(drawn.rows.whole(i), "a row is whole");
-      require(drawn.importance_weights[i] > 0.0f && drawn.importance_weights[i] <= 1.0f, "an importance weight is in (0, 1]");
+      require(drawn.importance_weights[i] > 0.0f && drawn.importance_weights[i] <= 1.0f,
+              "an importance weight is in (0, 1]");
       require(drawn.discounts[i] == (drawn.rows.rewards[i] % 5 == 0 ? 0.0f : 0.99f), "the end flag belongs to the row");
       state = state * 6364136223846793005ull + 1442695040888963407ull;
       td_errors[i] = static_cast<float>(state >> 40) * 1e-4f;
@@ -74,8 +75,8 @@ void run(const char* name, bool prioritized, uint64_t capacity, double seconds) 
   const ReplayStats s = replay.stats();
   require(replay.next_ticket() == s.inserts + s.busy_slots, "every ticket was used or given up");
   require(s.inserts > 0 && s.samples > 0 && s.updates > 0, "all threads worked");
-  std::printf("%s capacity %llu %s: %llu rows in, %llu drawn, %llu updated, %llu refused, %llu busy, %llu redrawn\n", name,
-              static_cast<unsigned long long>(capacity), prioritized ? "prioritised" : "uniform",
+  std::printf("%s capacity %llu %s: %llu rows in, %llu drawn, %llu updated, %llu refused, %llu busy, %llu redrawn\n",
+              name, static_cast<unsigned long long>(capacity), prioritized ? "prioritised" : "uniform",
               static_cast<unsigned long long>(s.inserts), static_cast<unsigned long long>(s.samples),
               static_cast<unsigned long long>(s.updates), static_cast<unsigned long long>(s.refused_updates),
               static_cast<unsigned long long>(s.busy_slots), static_cast<unsigned long long>(s.retries));

@@ -24,7 +24,8 @@ std::vector<const Kernels*> tables() {
 }  // namespace
 
 TEST_CASE("a HalfCheetah record fits three cache lines") {
-  const RecordLayout record({{"observations", 4, 68}, {"actions", 4, 24}, {"rewards", 4, 4}, {"next_observations", 4, 68}});
+  const RecordLayout record(
+      {{"observations", 4, 68}, {"actions", 4, 24}, {"rewards", 4, 4}, {"next_observations", 4, 68}});
   CHECK(record.record_bytes == 192);
   const SegmentLayout layout(1000000, record);
   CHECK(layout.total_bytes <= 1000000ull * (192 + 16) + (1 << 21));
@@ -174,7 +175,8 @@ TEST_CASE("a descent ends in the child that holds the target, or is lost, on eve
 TEST_CASE("a weight's bucket holds it and is at most 3.2 % wide") {
   for (uint64_t weight = 1; weight < 5000; ++weight) {
     CHECK(WeightBuckets::upper_edge(WeightBuckets::of(weight)) >= weight);
-    CHECK(static_cast<double>(WeightBuckets::upper_edge(WeightBuckets::of(weight))) <= 1.032 * static_cast<double>(weight));
+    CHECK(static_cast<double>(WeightBuckets::upper_edge(WeightBuckets::of(weight))) <=
+          1.032 * static_cast<double>(weight));
   }
   for (int shift = 13; shift < 62; ++shift) {
     const uint64_t weight = (1ull << shift) + 12345;

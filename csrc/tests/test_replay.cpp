@@ -26,7 +26,8 @@ std::vector<uint32_t> range(uint32_t from, uint32_t to) {
 }
 }  // namespace
 
-TEST_CASE_TEMPLATE("rows come back whole under their handles, past the ring's edge too", Access, WordAccess, DefaultAccess) {
+TEST_CASE_TEMPLATE("rows come back whole under their handles, past the ring's edge too", Access, WordAccess,
+                   DefaultAccess) {
   ReplayT<Access> replay(options(40), row_layout());
   std::map<int64_t, uint32_t> inserted;
   std::vector<int64_t> handles;
@@ -78,7 +79,8 @@ TEST_CASE("a bad priority or handle changes nothing") {
   const std::vector<double> good{3, 3};
   for (const int64_t bad : {-1ll, 8ll}) {
     const std::vector<int64_t> wrong{0, bad};
-    CHECK_THROWS_WITH_AS(replay.update(wrong.data(), good.data(), 2), doctest::Contains("handles[1]"), std::invalid_argument);
+    CHECK_THROWS_WITH_AS(replay.update(wrong.data(), good.data(), 2), doctest::Contains("handles[1]"),
+                         std::invalid_argument);
   }
   replay.read_weights(weights.data());
   CHECK(weights == before);
@@ -92,7 +94,8 @@ TEST_CASE("new rows weigh as much as the largest computed priority that still li
   const std::vector<double> td_errors{1000, 2, 3, 0.5};
   replay.update(handles.data(), td_errors.data(), 4);
   const auto near = [&](double priority) {
-    const double ratio = static_cast<double>(replay.default_weight()) / (std::pow(priority + 1e-6, 0.6) * Replay::kUnit);
+    const double ratio =
+        static_cast<double>(replay.default_weight()) / (std::pow(priority + 1e-6, 0.6) * Replay::kUnit);
     return ratio >= 1.0 - 1e-9 && ratio <= 1.05;
   };
   CHECK(near(1000));
@@ -231,7 +234,8 @@ TEST_CASE("a uniform buffer draws every row alike") {
     CHECK(drawn.importance_weights[i] == 1.0f);
   }
   double chi_square = 0;
-  for (int i = 0; i < 60; ++i) chi_square += (count[static_cast<size_t>(i)] - 1000.0) * (count[static_cast<size_t>(i)] - 1000.0) / 1000.0;
+  for (int i = 0; i < 60; ++i)
+    chi_square += (count[static_cast<size_t>(i)] - 1000.0) * (count[static_cast<size_t>(i)] - 1000.0) / 1000.0;
   CHECK(chi_square < 98.3);  // 59 degrees of freedom, p = 0.001
 }
 

@@ -4,160 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import gymnasium as gym
 import numpy as np
 import torch
 
 from angle_rl import _core
+from angle_rl.schema import Schema, flatten, make_schema, unflatten
 from angle_rl.types import Array, Batch
 
 ImportanceExponent: TypeAlias = "float | Callable[[int], float]"
 """A number, or a schedule from the number of rows inserted so far to a number."""
 
 
-class Field(NamedTuple):
-    """One array of a row."""
-
-    name: str  # nested observations are flattened to names: "observations.camera", "observations.0"
-    shape: tuple[int, ...]  # of one row
-    dtype: np.dtype[Any]
-
-
-class Schema(NamedTuple):
-    """The fields of a row, and how nested observations and actions are put together again.
-
-    A structure is ``None`` for one array, a tuple of keys for a dict, or the number of members of a tuple, with the
-    members' structures beside it.
-    """
-
-    observations: tuple[Field, ...]
-    actions: tuple[Field, ...]
-    rewards: Field
-    observation_structure: Any
-    action_structure: Any
-
-    @property
-    def fields(self) -> tuple[Field, ...]:
-        """All fields in the order in which the core keeps them."""
-        successors = (f._replace(name=f"next_{f.name}") for f in self.observations)
-        return (*self.observations, *self.actions, self.rewards, *successors)
-
-
-def make_schema(
-    schema: Mapping[str, Any] | Sequence[Any] | Schema | None,
-    observation_space: gym.Space[Any] | None = None,
-    action_space: gym.Space[Any] | None = None,
-) -> Schema:
-    """The schema from a description or from two spaces.
-
-    A description is a mapping with ``observations``, ``actions`` and optionally ``rewards``, whose values are
-    ``(shape, dtype)``, a Gymnasium space, or a dict or tuple of those; or a sequence of ``(name, shape, dtype)``.
-    A float64 ``Box`` is kept as float32, since that is what networks take; a description is kept to the letter.
-    """
-    if isinstance(schema, Schema):
-        return schema
-    if schema is None:
-        if observation_space is None or action_space is None:
-            raise ValueError("schema is None; then observation_space and action_space must both be given")
-        schema = {"observations": observation_space, "actions": action_space}
-    elif observation_space is not None or action_space is not None:
-        raise ValueError("schema is given; then observation_space and action_space must be left out")
-    elif not isinstance(schema, Mapping):
-        schema = {name: (shape, dtype) for name, shape, dtype in schema}
-    known = {"observations", "actions", "rewards", "next_observations"}
-    for name in schema:
-        if name not in known:
-            raise ValueError(f"schema has a field {name!r}; a row has {', '.join(sorted(known))}")
-    for name in ("observations", "actions"):
-        if name not in schema:
-            raise ValueError(f"schema lacks the field {name!r}")
-    if "next_observations" in schema and schema["next_observations"] != schema["observations"]:
-        raise ValueError("schema['next_observations'] differs from schema['observations']; they must be equal")
-    observations: list[Field] = []
-    actions: list[Field] = []
-    rewards: list[Field] = []
-    observation_structure = _describe("observations", schema["observations"], observations)
-    action_structure = _describe("actions", schema["actions"], actions)
-    _describe("rewards", schema.get("rewards", ((), np.float32)), rewards)
-    if len(rewards) != 1 or rewards[0].shape != () or rewards[0].dtype.kind != "f":
-        raise ValueError(f"schema['rewards'] is {schema['rewards']!r}; a reward is one floating-point number")
-    return Schema(tuple(observations), tuple(actions), rewards[0], observation_structure, action_structure)
-
-
-def _describe(name: str, described: Any, into: list[Field]) -> Any:
-    """Append the fields of a description and return its structure."""
-    spaces = gym.spaces
-    if isinstance(described, spaces.Dict):
-        described = dict(described.spaces)
-    if isinstance(described, spaces.Tuple):
-        described = tuple(described.spaces)
-    if isinstance(described, Mapping):
-        keys = tuple(described)
-        return (keys, tuple(_describe(f"{name}.{key}", described[key], into) for key in keys))
-    if isinstance(described, spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete | spaces.Discrete):
-        dtype = np.dtype(described.dtype)
-        described = (described.shape or (), np.dtype(np.float32) if dtype == np.float64 else dtype)
-    if isinstance(described, gym.Space):
-        raise ValueError(f"{name} is the space {described}; the replay keeps Box, Discrete, MultiDiscrete, "
-                         "MultiBinary, Dict and Tuple spaces")
-    if isinstance(described, tuple) and not _is_leaf(described):
-        return (len(described), tuple(_describe(f"{name}.{i}", d, into) for i, d in enumerate(described)))
-    if not _is_leaf(described):
-        raise ValueError(f"schema describes {name} as {described!r}; it must be (shape, dtype), a space, or a dict or "
-                         "tuple of those")
-    shape = (described[0],) if isinstance(described[0], int) else tuple(int(length) for length in described[0])
-    dtype = np.dtype(described[1])
-    if any(length < 1 for length in shape):
-        raise ValueError(f"schema gives {name} the shape {shape}; every length must be at least 1")
-    try:
-        torch.from_numpy(np.empty(0, dtype))
-    except TypeError:
-        raise ValueError(f"schema gives {name} the dtype {dtype}, which torch does not have") from None
-    into.append(Field(name, shape, dtype))
-    return None
-
-
-def _is_leaf(described: Any) -> bool:
-    if not isinstance(described, tuple | list) or len(described) != 2:
-        return False
-    shape = described[0]
-    return isinstance(shape, int) or (
-        isinstance(shape, tuple | list) and all(isinstance(length, int | np.integer) for length in shape)
-    )
-
-
-def _flatten(name: str, structure: Any, value: Any, into: list[Any]) -> None:
-    if structure is None:
-        into.append(value)
-        return
-    keys, members = structure
-    if isinstance(keys, int):
-        if not isinstance(value, tuple | list) or len(value) != keys:
-            raise ValueError(f"{name} is {type(value).__name__}; it must be a tuple of {keys}")
-        keys = tuple(range(keys))
-    elif not isinstance(value, Mapping) or set(value) != set(keys):
-        raise ValueError(f"{name} must be a dict with the keys {', '.join(map(str, keys))}")
-    for key, member in zip(keys, members, strict=True):
-        _flatten(f"{name}.{key}", member, value[key], into)
-
-
-def _unflatten(structure: Any, values: list[Any]) -> Any:
-    """Take values from the front of the list into the structure."""
-    if structure is None:
-        return values.pop(0)
-    keys, members = structure
-    built = [_unflatten(member, values) for member in members]
-    return tuple(built) if isinstance(keys, int) else dict(zip(keys, built, strict=True))
-
-
 def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} is {value!r}; it must be a number")
     if not low <= value <= high or math.isinf(value):
-        raise ValueError(f"{name} is {value}; it must be finite, at least {low}" + (
-            f" and at most {high}" if high < math.inf else ""))
+        raise ValueError(
+            f"{name} is {value}; it must be finite, at least {low}"
+            + (f" and at most {high}" if high < math.inf else "")
+        )
     return float(value)
 
 
@@ -203,7 +71,7 @@ class ReplayBuffer:
 
     Args:
         capacity: rows kept, at least 1. The memory is reserved at once; a MemoryError says when it is not to be had.
-        schema: what a row holds; see :func:`make_schema`. Or give both spaces:
+        schema: what a row holds; see :func:`~angle_rl.schema.make_schema`. Or give both spaces:
         observation_space, action_space: Gymnasium spaces of one environment.
         discount: factor in [0, 1] of the bootstrap value, which ``sample`` puts into ``Batch.discounts``.
         stratified: one draw from each of ``batch_size`` equal shares (lower variance) instead of independent draws.
@@ -245,8 +113,10 @@ class ReplayBuffer:
         row = sum(int(np.prod(f.shape, dtype=object)) * f.dtype.itemsize for f in fields)
         needed, available = capacity * (row + 32), _available_memory()
         if needed > available:
-            raise MemoryError(f"capacity is {capacity} rows, which need {needed / 2**30:.1f} GiB; "
-                              f"{available / 2**30:.1f} GiB are available")
+            raise MemoryError(
+                f"capacity is {capacity} rows, which need {needed / 2**30:.1f} GiB; "
+                f"{available / 2**30:.1f} GiB are available"
+            )
         self._core = _core.Replay(
             capacity,
             [(f.name, f.dtype, list(f.shape)) for f in fields],
@@ -331,10 +201,10 @@ class ReplayBuffer:
     ) -> Array:
         schema = self.schema
         values: list[Any] = []
-        _flatten("observations", schema.observation_structure, observations, values)
-        _flatten("actions", schema.action_structure, actions, values)
+        flatten("observations", schema.observation_structure, observations, values)
+        flatten("actions", schema.action_structure, actions, values)
         values.append(rewards)
-        _flatten("next_observations", schema.observation_structure, next_observations, values)
+        flatten("next_observations", schema.observation_structure, next_observations, values)
         first, first_field = _as_array("observations", values[0]), schema.observations[0]
         batched = first.ndim == len(first_field.shape) + 1
         n = first.shape[0] if batched else 1
@@ -394,10 +264,7 @@ class ReplayBuffer:
         """
         if type(batch_size) is not int or not 0 < batch_size < 2**31:
             batch_size = _check_integer("batch_size", batch_size, 1, 2**31 - 1)
-        if discount is None:
-            discount = self.discount
-        else:
-            discount = _check_number("discount", discount, 0.0, 1.0)
+        discount = self.discount if discount is None else _check_number("discount", discount, 0.0, 1.0)
         if importance_exponent is None:
             exponent = self._importance_exponent
             importance_exponent = exponent if isinstance(exponent, float) else self._scheduled(exponent)
@@ -411,9 +278,7 @@ class ReplayBuffer:
         else:
             batch, addresses = out, self._addresses(out, batch_size)
         fields = len(self._torch_dtypes)
-        self._core.sample(
-            batch_size, discount, importance_exponent, tuple(addresses[:fields]), *addresses[fields:]
-        )
+        self._core.sample(batch_size, discount, importance_exponent, tuple(addresses[:fields]), *addresses[fields:])
         return batch
 
     def _scheduled(self, schedule: Callable[[int], float]) -> float:
@@ -436,18 +301,18 @@ class ReplayBuffer:
             observations, actions, rewards, successors, discounts, weights, handles, steps = tensors
             return Batch(observations, actions, rewards, successors, discounts, weights, handles, steps)
         left = list(tensors)
-        observations = _unflatten(self.schema.observation_structure, left)
-        actions = _unflatten(self.schema.action_structure, left)
+        observations = unflatten(self.schema.observation_structure, left)
+        actions = unflatten(self.schema.action_structure, left)
         rewards = left.pop(0)
-        successors = _unflatten(self.schema.observation_structure, left)
+        successors = unflatten(self.schema.observation_structure, left)
         return Batch(observations, actions, rewards, successors, *left)
 
     def _leaves(self, batch: Batch) -> list[torch.Tensor]:
         leaves: list[torch.Tensor] = []
-        _flatten("observations", self.schema.observation_structure, batch.observations, leaves)
-        _flatten("actions", self.schema.action_structure, batch.actions, leaves)
+        flatten("observations", self.schema.observation_structure, batch.observations, leaves)
+        flatten("actions", self.schema.action_structure, batch.actions, leaves)
         leaves.append(batch.rewards)
-        _flatten("next_observations", self.schema.observation_structure, batch.next_observations, leaves)
+        flatten("next_observations", self.schema.observation_structure, batch.next_observations, leaves)
         return [*leaves, batch.discounts, batch.importance_weights, batch.handles, batch.steps]
 
     def _addresses(self, out: Batch, n: int) -> list[int]:
@@ -462,8 +327,10 @@ class ReplayBuffer:
         for name, leaf, (size, dtype) in zip(names, leaves, self._sizes[1], strict=True):
             fits = tuple(leaf.shape) == size and leaf.dtype == dtype
             if not fits or not leaf.is_contiguous() or leaf.device.type != "cpu":
-                raise ValueError(f"out.{name} is {leaf.dtype} {tuple(leaf.shape)} on {leaf.device}; expected {dtype} "
-                                 f"{size}, contiguous, on cpu")
+                raise ValueError(
+                    f"out.{name} is {leaf.dtype} {tuple(leaf.shape)} on {leaf.device}; expected {dtype} "
+                    f"{size}, contiguous, on cpu"
+                )
         if len(set(addresses)) < len(addresses):
             raise ValueError("out holds the same memory twice; every tensor must have its own")
         self._checked_out = (out, (n, *addresses))
@@ -571,22 +438,32 @@ class PrioritizedReplayBuffer(ReplayBuffer):
 
         Arrays and CPU tensors that are contiguous go in without a copy; CUDA tensors are copied to the host. Any thread.
         """
-        if not (type(handles) is torch.Tensor and handles.dtype is torch.int64 and handles.is_cpu
-                and handles.is_contiguous()):
+        if not (
+            type(handles) is torch.Tensor
+            and handles.dtype is torch.int64
+            and handles.is_cpu
+            and handles.is_contiguous()
+        ):
             handles = self._host("handles", handles)
             if not np.can_cast(handles.numpy().dtype, np.int64, "same_kind") and handles.numel() > 0:
                 raise TypeError(f"handles has the dtype {handles.dtype}; handles are int64")
             handles = handles.to(torch.int64)
-        if not (type(td_errors) is torch.Tensor and td_errors.dtype is torch.float32 and td_errors.is_cpu
-                and td_errors.is_contiguous()):
+        if not (
+            type(td_errors) is torch.Tensor
+            and td_errors.dtype is torch.float32
+            and td_errors.is_cpu
+            and td_errors.is_contiguous()
+        ):
             td_errors = self._host("td_errors", td_errors)
             if td_errors.dtype not in (torch.float32, torch.float64):
                 if td_errors.dtype.is_complex or td_errors.dtype == torch.bool:
                     raise TypeError(f"td_errors has the dtype {td_errors.dtype}; td_errors are real numbers")
                 td_errors = td_errors.to(torch.float64)
         if handles.dim() != 1 or handles.shape != td_errors.shape:
-            raise ValueError(f"handles has the shape {tuple(handles.shape)} and td_errors {tuple(td_errors.shape)}; both "
-                             "must be (n,)")
+            raise ValueError(
+                f"handles has the shape {tuple(handles.shape)} and td_errors {tuple(td_errors.shape)}; both "
+                "must be (n,)"
+            )
         return self._core.update(
             handles.data_ptr(), td_errors.data_ptr(), td_errors.dtype == torch.float64, handles.numel()
         )
