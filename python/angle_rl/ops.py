@@ -1,9 +1,9 @@
 """Fused operations of an actor-critic update, with autograd and ``torch.compile`` support.
 
-Dense CPU tensors of float32 or float64 go to the compiled kernels (one pass over the data; other strides are copied
-first). Other devices, half-precision types, tensor subclasses and ``torch.func`` transforms take the same formula in
-plain torch. Every operation is differentiable any number of times. Tensors of one call share one device and one
-dtype; only float32, bfloat16 and float16 may meet, and promote as in torch.
+Dense CPU tensors of float32 or float64 go to the compiled kernels (one pass over the data; other strides are
+copied first). Other devices, half-precision types, tensor subclasses and ``torch.func`` transforms take the
+same formula in plain torch. Every operation is differentiable any number of times. Tensors of one call share
+one device and one dtype; only float32, bfloat16 and float16 may meet, and promote as in torch.
 
 Any thread may call; two threads must not write the same tensor.
 """
@@ -69,8 +69,9 @@ def twin_q_target(
         tensors.append(next_log_prob)
     if isinstance(entropy_coefficient, Tensor):
         if entropy_coefficient.numel() != 1:
+            shape_text = _shape(entropy_coefficient)
             raise ValueError(
-                f"entropy_coefficient has shape {_shape(entropy_coefficient)}; it must be a number or one element"
+                f"entropy_coefficient has shape {shape_text}; it must be a number or have 1 element"
             )
         entropy_coefficient = entropy_coefficient.detach() if next_log_prob is None else entropy_coefficient
     differentiable = torch.is_grad_enabled() and (
@@ -85,7 +86,8 @@ def twin_q_target(
             if isinstance(entropy_coefficient, Tensor)
             else (entropy_coefficient, None)
         )
-        return _twin_q_target_op(rewards, discounts, next_q, next_log_prob, number, tensor)
+        target: Tensor = _twin_q_target_op(rewards, discounts, next_q, next_log_prob, number, tensor)
+        return target
     return _run_twin_q_target(rewards, discounts, next_q, next_log_prob, float(entropy_coefficient))
 
 
@@ -100,8 +102,9 @@ def twin_q_loss(
 
     ``loss = mean over batch of importance_weights * sum over critics of error(q - td_target)`` with
     ``error(d) = d**2`` (no half), or Huber's as in ``torch.nn.functional.huber_loss``: ``d**2 / 2`` up to
-    ``huber_delta``, ``huber_delta * (|d| - huber_delta / 2)`` beyond. The gradient by ``q`` is computed in the
-    forward pass. (Fujimoto et al. 2018, arXiv:1802.09477; importance weights: Schaul et al. 2016, arXiv:1511.05952.)
+    ``huber_delta``, ``huber_delta * (|d| - huber_delta / 2)`` beyond. The gradient by ``q`` is computed in
+    the forward pass. (Fujimoto et al. 2018, arXiv:1802.09477; importance weights: Schaul et al. 2016,
+    arXiv:1511.05952.)
 
     Args:
         q: ``[critics, batch]``, at least one of each.
@@ -151,8 +154,8 @@ def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Ten
         noise: ``[..., action_dim]`` standard normals.
 
     Returns:
-        ``actions`` in [-1, 1] (``[..., action_dim]``) and ``log_prob`` (``[...]``) of these, both differentiable
-        in all three arguments.
+        ``actions`` in [-1, 1] (``[..., action_dim]``) and ``log_prob`` (``[...]``) of these, both
+        differentiable in all three arguments.
 
     Raises:
         TypeError, ValueError: naming the argument whose type, dtype, device or shape is wrong.
@@ -179,8 +182,8 @@ def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Ten
 def update_targets(targets: Iterable[Tensor], online: Iterable[Tensor], tau: float) -> None:
     """``target <- tau * online + (1 - tau) * target`` in place for every pair, all in one call.
 
-    Outside autograd: no gradient is recorded, and the version counters of ``targets`` are raised, so that a backward
-    pass through their old values raises. (Lillicrap et al. 2016, arXiv:1509.02971, algorithm 1.)
+    Outside autograd: no gradient is recorded, and the version counters of ``targets`` are raised, so that a
+    backward pass through their old values raises. (Lillicrap et al. 2016, arXiv:1509.02971, algorithm 1.)
 
     Args:
         targets, online: as many tensors each, of pairwise equal shape, dtype (floating) and device.
@@ -194,23 +197,22 @@ def update_targets(targets: Iterable[Tensor], online: Iterable[Tensor], tau: flo
         raise ValueError(f"tau is {tau}; it must lie in [0, 1]")
     if len(targets) != len(online):
         raise ValueError(f"targets holds {len(targets)} tensors and online {len(online)}; they must pair up")
-    same_dtype = True
+    if _has_pairs_kernel(targets, online):
+        with torch.no_grad():
+            if torch.compiler.is_compiling():
+                _update_targets_op(targets, online, tau)
+            else:
+                _run_update_targets(targets, online, tau)
+                increment_version(targets)
+        return
     for index, (target, source) in enumerate(zip(targets, online, strict=True)):
         _check_pair(index, target, source)
-        same_dtype = same_dtype and target.dtype == targets[0].dtype
-    if not targets:
-        return
     with torch.no_grad():
-        if not same_dtype or not _has_kernel(*targets, *online) or not _all_contiguous(targets):
-            _update_targets_formula(targets, online, tau)
-        elif torch.compiler.is_compiling():
-            _update_targets_op(targets, online, tau)
-        else:
-            _run_update_targets(targets, online, tau)
-            increment_version(targets)
+        for target, source in zip(targets, online, strict=True):
+            target.mul_(1.0 - tau).add_(source, alpha=tau)
 
 
-# Checks -------------------------------------------------------------------------------------------------------------
+# Checks -----------------------------------------------------------------------------------------------------
 
 
 def _shape(tensor: Tensor) -> list[int]:
@@ -261,11 +263,17 @@ def _has_kernel(first: Tensor, *others: Tensor) -> bool:
     return type(first) in _PLAIN_TYPES and all(type(tensor) in _PLAIN_TYPES for tensor in others)
 
 
-def _all_contiguous(tensors: list[Tensor]) -> bool:
-    return all(tensor.is_contiguous() for tensor in tensors)
+def _has_pairs_kernel(targets: list[Tensor], online: list[Tensor]) -> bool:
+    """Whether these are well-formed pairs that the kernel can work on where they lie, all of one dtype."""
+    for target, source in zip(targets, online, strict=True):
+        if not isinstance(target, Tensor) or not isinstance(source, Tensor) or target.shape != source.shape:
+            return False
+        if not target.is_contiguous() or not source.is_contiguous():
+            return False
+    return bool(targets) and _has_kernel(*targets, *online)
 
 
-# Plain torch --------------------------------------------------------------------------------------------------------
+# Plain torch ------------------------------------------------------------------------------------------------
 
 
 def _twin_q_target_formula(
@@ -306,12 +314,7 @@ def _squashed_gaussian_formula(mean: Tensor, log_std: Tensor, noise: Tensor) -> 
     return u.tanh(), log_prob.sum(-1)
 
 
-def _update_targets_formula(targets: list[Tensor], online: list[Tensor], tau: float) -> None:
-    for target, source in zip(targets, online, strict=True):
-        target.mul_(1.0 - tau).add_(source, alpha=tau)
-
-
-# Compiled kernels: fresh outputs, no autograd -----------------------------------------------------------------------
+# Compiled kernels: fresh outputs, no autograd ---------------------------------------------------------------
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -378,13 +381,12 @@ def _run_squashed_gaussian_gradient(
 
 
 def _run_update_targets(targets: list[Tensor], online: list[Tensor], tau: float) -> None:
-    online = [tensor.contiguous() for tensor in online]
     kernel = _core.update_targets_f32 if targets[0].dtype == torch.float32 else _core.update_targets_f64
     addresses = [tensor.data_ptr() for tensor in targets], [tensor.data_ptr() for tensor in online]
     kernel(*addresses, [tensor.numel() for tensor in targets], tau)
 
 
-# Autograd: each backward is plain torch on outputs of the forward pass, so that it can be differentiated again ------
+# Autograd: a backward pass in plain torch on outputs of the forward pass can be differentiated again ------
 
 
 def _save_twin_q_loss(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
@@ -470,10 +472,11 @@ class _SquashedGaussian(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         if torch.is_grad_enabled() or gradients[2] is not None:
             return _squashed_gaussian_backward(ctx, *gradients)
-        return *_run_squashed_gaussian_gradient(*gradients[:2], *ctx.saved_tensors), None
+        actions, spread = ctx.saved_tensors
+        return *_run_squashed_gaussian_gradient(gradients[0], gradients[1], actions, spread), None
 
 
-# torch.compile: the same kernels as operators -----------------------------------------------------------------------
+# torch.compile: the same kernels as operators --------------------------------------------------------------
 
 
 @torch.library.custom_op("angle_rl::twin_q_target", mutates_args=(), device_types="cpu")

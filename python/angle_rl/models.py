@@ -1,0 +1,257 @@
+"""Policies and critics.
+
+A policy of your own is a subclass of ``PolicyModel`` that defines ``forward`` only. It returns either
+
+- ``(mean, log_std)``, each ``[batch, action_dim]``: a Gaussian in front of tanh, sampled, squashed and scaled to
+  the bounds by ``PolicyModel.sample_actions``; or
+- one tensor ``[batch, action_dim]``: the actions themselves, within the bounds; ``log_prob`` is then zero.
+
+Whoever needs more defines ``sample_actions`` too. Models are ordinary ``torch.nn.Module``: reading them is safe
+from any thread while nobody trains them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from angle_rl import ops
+
+__all__ = ["DeterministicPolicy", "PolicyModel", "SquashedGaussianPolicy", "TwinQ"]
+
+LOG_STD_RANGE = (-20.0, 2.0)
+"""Where ``SquashedGaussianPolicy`` clamps ``log_std``: deviations from 2e-9 to 7.4 before squashing."""
+
+
+def multilayer_perceptron(inputs: int, hidden_sizes: Sequence[int]) -> nn.Sequential:
+    """``[..., inputs] -> [..., hidden_sizes[-1]]``: linear layers with a ReLU after each; none: the identity."""
+    layers: list[nn.Module] = []
+    for outputs in hidden_sizes:
+        layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
+        inputs = outputs
+    return nn.Sequential(*layers)
+
+
+class PolicyModel(nn.Module):
+    """What a policy is; see the module's text for writing your own.
+
+    Args:
+        low, high: ``[action_dim]``, the bounds that actions are scaled to: finite, low below high. Without
+            them actions lie in [-1, 1].
+
+    A subclass may also define ``features(observations) -> [batch, width]``, its last hidden layer.
+
+    Attributes:
+        action_dim: number of action components; None if no bounds were given.
+    """
+
+    action_scale: Tensor
+    action_center: Tensor
+
+    def __init__(self, low: Any = None, high: Any = None) -> None:
+        super().__init__()
+        if (low is None) != (high is None):
+            raise ValueError(f"low is {low} and high is {high}; give both bounds or neither")
+        self.action_dim: int | None = None
+        self._scaled = low is not None
+        if low is not None:
+            scale, center = _scaling(low, high)
+            self.action_dim = scale.numel()
+            self._scaled = bool((scale != 1).any() or (center != 0).any())
+            # The bounds belong to the environment, not to what was learned: they are not in the state dict.
+            self.register_buffer("action_scale", scale, persistent=False)
+            self.register_buffer("action_center", center, persistent=False)
+
+    def noise_shape(self, batch: int) -> tuple[int, ...] | None:
+        """Shape of the ``noise`` that ``sample_actions`` takes for ``batch`` observations; None: it takes none."""
+        return None if self.action_dim is None else (batch, self.action_dim)
+
+    def scale_actions(self, actions: Tensor) -> Tensor:
+        """``[..., action_dim]`` from [-1, 1] to the bounds, never beyond them in float32."""
+        if not self._scaled:
+            return actions
+        return torch.addcmul(self.action_center, actions, self.action_scale)
+
+    def sample_actions(
+        self, observations: Any, deterministic: bool = False, *, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Actions within the bounds, and their log-density.
+
+        Args:
+            observations: ``[batch, ...]``, what ``forward`` takes.
+            deterministic: take the mean (as noise 0) and not a sample.
+            noise: ``[batch, action_dim]`` standard normals; None: drawn from torch's default generator. Read
+                neither with ``deterministic`` nor by a policy whose ``forward`` returns actions.
+
+        Returns:
+            ``actions`` (``[batch, action_dim]``) and ``log_prob`` (``[batch]``): the log-density of the action
+            in [-1, 1], before scaling to the bounds, so that it means the same for every environment; zeros
+            where ``forward`` returns actions. Both carry gradients to the parameters.
+        """
+        output = self(observations)
+        if isinstance(output, Tensor):
+            return output, output.new_zeros(output.shape[:-1])
+        mean, log_std = output
+        if deterministic:
+            noise = torch.zeros_like(mean)
+        elif noise is None:
+            noise = torch.randn_like(mean)
+        actions, log_prob = ops.squashed_gaussian(mean, log_std, noise)
+        return self.scale_actions(actions), log_prob
+
+
+class SquashedGaussianPolicy(PolicyModel):
+    """A tanh-squashed diagonal Gaussian, mean and deviation by a network (Haarnoja et al. 2018, arXiv:1812.05905).
+
+    Args:
+        observation_dim: width of the observations, >= 1.
+        low, high: ``[action_dim]`` bounds of the actions, finite, low below high.
+        hidden_sizes: widths of the hidden layers, each >= 1.
+
+    ``log_std`` is clamped to ``LOG_STD_RANGE``.
+    """
+
+    def __init__(
+        self, observation_dim: int, low: Any, high: Any, hidden_sizes: Sequence[int] = (256, 256)
+    ) -> None:
+        _check_sizes(observation_dim=observation_dim, hidden_sizes=hidden_sizes)
+        super().__init__(low, high)
+        self.body = multilayer_perceptron(observation_dim, hidden_sizes)
+        self.head = nn.Linear([observation_dim, *hidden_sizes][-1], 2 * self.action_scale.numel())
+
+    def features(self, observations: Tensor) -> Tensor:
+        """``[batch, observation_dim] -> [batch, hidden_sizes[-1]]``, the last hidden layer."""
+        output: Tensor = self.body(observations)
+        return output
+
+    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """``[batch, observation_dim] -> (mean, log_std)``, each ``[batch, action_dim]``, before squashing."""
+        mean, log_std = self.head(self.body(observations)).chunk(2, -1)
+        return mean, log_std.clamp(*LOG_STD_RANGE)
+
+
+class DeterministicPolicy(PolicyModel):
+    """Actions ``tanh(network(observations))`` scaled to the bounds (Lillicrap et al. 2016, arXiv:1509.02971).
+
+    Arguments as of ``SquashedGaussianPolicy``. ``sample_actions`` ignores ``noise``, adds none of its own, and gives
+    a ``log_prob`` of zeros.
+    """
+
+    def __init__(
+        self, observation_dim: int, low: Any, high: Any, hidden_sizes: Sequence[int] = (256, 256)
+    ) -> None:
+        _check_sizes(observation_dim=observation_dim, hidden_sizes=hidden_sizes)
+        super().__init__(low, high)
+        self.body = multilayer_perceptron(observation_dim, hidden_sizes)
+        self.head = nn.Linear([observation_dim, *hidden_sizes][-1], self.action_scale.numel())
+
+    def noise_shape(self, batch: int) -> None:
+        """None: it takes no noise."""
+        return
+
+    def features(self, observations: Tensor) -> Tensor:
+        """``[batch, observation_dim] -> [batch, hidden_sizes[-1]]``, the last hidden layer."""
+        output: Tensor = self.body(observations)
+        return output
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """``[batch, observation_dim] -> actions``, ``[batch, action_dim]`` within the bounds."""
+        return self.scale_actions(self.head(self.body(observations)).tanh())
+
+
+class TwinQ(nn.Module):
+    """Action-value networks of one form, evaluated together (Fujimoto et al. 2018, arXiv:1802.09477).
+
+    Args:
+        observation_dim: width of the observations, >= 1.
+        action_dim: width of the actions, >= 1.
+        hidden_sizes: widths of the hidden layers, each >= 1; ReLU between.
+        critics: number of networks, >= 1.
+
+    Attributes:
+        weights: one parameter ``[critics, out, in]`` a layer.
+        biases: one parameter ``[critics, out]`` a layer.
+
+    Member k is initialised as the k-th of ``critics`` stacks of ``torch.nn.Linear`` would be: all differ.
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        hidden_sizes: Sequence[int] = (256, 256),
+        critics: int = 2,
+    ) -> None:
+        _check_sizes(
+            observation_dim=observation_dim, action_dim=action_dim, hidden_sizes=hidden_sizes, critics=critics
+        )
+        super().__init__()
+        self.critics = critics
+        self.observation_dim = observation_dim
+        self.action_dim = action_dim
+        sizes = [observation_dim + action_dim, *hidden_sizes, 1]
+        shapes = list(itertools.pairwise(sizes))
+        members = [[nn.Linear(*shape) for shape in shapes] for _ in range(critics)]
+        with torch.no_grad():
+            layers = list(zip(*members, strict=True))
+            weights = [torch.stack([linear.weight for linear in layer]) for layer in layers]
+            biases = [torch.stack([linear.bias for linear in layer]) for layer in layers]
+        self.weights = nn.ParameterList(weights)
+        self.biases = nn.ParameterList(biases)
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """``[batch, observation_dim]``, ``[batch, action_dim]`` -> q, ``[critics, batch]``.
+
+        Raises:
+            ValueError: for another width or number of axes.
+        """
+        _check_matrix("observations", observations, self.observation_dim)
+        _check_matrix("actions", actions, self.action_dim)
+        # Activations are [critics, width, batch]: so every weight's gradient comes out in the weight's own layout.
+        values = torch.cat((observations, actions), 1).t().expand(self.critics, -1, -1)
+        last = len(self.weights) - 1
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            values = torch.baddbmm(bias.unsqueeze(2), weight, values)
+            if index < last:
+                values = functional.relu(values, inplace=True)
+        return values.squeeze(1)
+
+
+def _check_matrix(name: str, tensor: Tensor, width: int) -> None:
+    if tensor.dim() != 2 or tensor.shape[1] != width:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be [batch, {width}]")
+
+
+def _check_sizes(hidden_sizes: Sequence[int], **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1")
+    if any(size < 1 for size in hidden_sizes):
+        raise ValueError(f"hidden_sizes is {tuple(hidden_sizes)}; every width must be at least 1")
+
+
+def _scaling(low: Any, high: Any) -> tuple[Tensor, Tensor]:
+    """float32 ``scale``, ``center`` with ``low <= center + action * scale <= high`` for actions in [-1, 1]."""
+    low, high = (torch.as_tensor(bound, dtype=torch.float32, device="cpu").detach() for bound in (low, high))
+    for name, bound in (("low", low), ("high", high)):
+        if bound.dim() != 1 or bound.numel() < 1:
+            raise ValueError(f"{name} has shape {list(bound.shape)}; it must be [action_dim]")
+        if not bool(bound.isfinite().all()):
+            raise ValueError(f"{name} is {bound.tolist()}; every bound must be finite")
+    if low.shape != high.shape:
+        raise ValueError(f"low has shape {list(low.shape)} and high {list(high.shape)}; they must be equal")
+    if not bool((low < high).all()):
+        raise ValueError(f"low is {low.tolist()} and high {high.tolist()}; low must lie below high")
+    center = (0.5 * (low.double() + high.double())).float()
+    scale = (0.5 * (high.double() - low.double())).float()
+    # Rounding may have carried an end beyond its bound: shrink until neither is.
+    outside = (center + scale > high) | (center - scale < low)
+    while bool(outside.any()):
+        scale = torch.where(outside, torch.nextafter(scale, torch.zeros_like(scale)), scale)
+        outside = (center + scale > high) | (center - scale < low)
+    return scale, center
