@@ -30,7 +30,7 @@ inline float reduced_expm1(float x, int32_t* n) {
 }
 
 inline float power_of_two(int32_t n) {  // -126 <= n <= 127
-  return __builtin_bit_cast(float, static_cast<uint32_t>(n + 127) << 23);
+  return __builtin_bit_cast(float, (static_cast<uint32_t>(n) + 127u) << 23);
 }
 
 inline float exponential(float x) {

@@ -2,12 +2,12 @@
 
 A policy of your own is a subclass of ``PolicyModel`` that defines ``forward`` only. It returns either
 
-- ``(mean, log_std)``, each ``[batch, action_dim]``: a Gaussian in front of tanh, sampled, squashed and scaled to
-  the bounds by ``PolicyModel.sample_actions``; or
+- ``(mean, log_std)``, each ``[batch, action_dim]``: a Gaussian in front of tanh, sampled, squashed and scaled
+  to the bounds by ``PolicyModel.sample_actions``; or
 - one tensor ``[batch, action_dim]``: the actions themselves, within the bounds; ``log_prob`` is then zero.
 
-Whoever needs more defines ``sample_actions`` too. Models are ordinary ``torch.nn.Module``: reading them is safe
-from any thread while nobody trains them.
+Whoever needs more defines ``sample_actions`` too. Models are ordinary ``torch.nn.Module``: reading them is
+safe from any thread while nobody trains them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOG_STD_RANGE = (-20.0, 2.0)
 
 
 def multilayer_perceptron(inputs: int, hidden_sizes: Sequence[int]) -> nn.Sequential:
-    """``[..., inputs] -> [..., hidden_sizes[-1]]``: linear layers with a ReLU after each; none: the identity."""
+    """``[..., inputs] -> [..., hidden_sizes[-1]]``: linear layers, a ReLU after each."""
     layers: list[nn.Module] = []
     for outputs in hidden_sizes:
         layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
@@ -68,7 +68,7 @@ class PolicyModel(nn.Module):
             self.register_buffer("action_center", center, persistent=False)
 
     def noise_shape(self, batch: int) -> tuple[int, ...] | None:
-        """Shape of the ``noise`` that ``sample_actions`` takes for ``batch`` observations; None: it takes none."""
+        """Shape of the ``noise`` that ``sample_actions`` takes for ``batch`` rows; None: it takes none."""
         return None if self.action_dim is None else (batch, self.action_dim)
 
     def scale_actions(self, actions: Tensor) -> Tensor:
@@ -89,9 +89,9 @@ class PolicyModel(nn.Module):
                 neither with ``deterministic`` nor by a policy whose ``forward`` returns actions.
 
         Returns:
-            ``actions`` (``[batch, action_dim]``) and ``log_prob`` (``[batch]``): the log-density of the action
-            in [-1, 1], before scaling to the bounds, so that it means the same for every environment; zeros
-            where ``forward`` returns actions. Both carry gradients to the parameters.
+            ``actions`` (``[batch, action_dim]``) and ``log_prob`` (``[batch]``): the log-density of the
+            action in [-1, 1], before scaling to the bounds, so that it means the same for every environment;
+            zeros where ``forward`` returns actions. Both carry gradients to the parameters.
         """
         output = self(observations)
         if isinstance(output, Tensor):
@@ -106,7 +106,7 @@ class PolicyModel(nn.Module):
 
 
 class SquashedGaussianPolicy(PolicyModel):
-    """A tanh-squashed diagonal Gaussian, mean and deviation by a network (Haarnoja et al. 2018, arXiv:1812.05905).
+    """A tanh-squashed diagonal Gaussian (Haarnoja et al. 2018, arXiv:1812.05905).
 
     Args:
         observation_dim: width of the observations, >= 1.
@@ -138,8 +138,8 @@ class SquashedGaussianPolicy(PolicyModel):
 class DeterministicPolicy(PolicyModel):
     """Actions ``tanh(network(observations))`` scaled to the bounds (Lillicrap et al. 2016, arXiv:1509.02971).
 
-    Arguments as of ``SquashedGaussianPolicy``. ``sample_actions`` ignores ``noise``, adds none of its own, and gives
-    a ``log_prob`` of zeros.
+    Arguments as of ``SquashedGaussianPolicy``. ``sample_actions`` ignores ``noise``, adds none of its own,
+    and gives a ``log_prob`` of zeros.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class TwinQ(nn.Module):
         """
         _check_matrix("observations", observations, self.observation_dim)
         _check_matrix("actions", actions, self.action_dim)
-        # Activations are [critics, width, batch]: so every weight's gradient comes out in the weight's own layout.
+        # Activations are [critics, width, batch], so that weight gradients come out in the weights' layout.
         values = torch.cat((observations, actions), 1).t().expand(self.critics, -1, -1)
         last = len(self.weights) - 1
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -236,7 +236,7 @@ def _check_sizes(hidden_sizes: Sequence[int], **sizes: int) -> None:
 
 
 def _scaling(low: Any, high: Any) -> tuple[Tensor, Tensor]:
-    """float32 ``scale``, ``center`` with ``low <= center + action * scale <= high`` for actions in [-1, 1]."""
+    """float32 ``scale``, ``center`` with ``low <= center + action * scale <= high``, action in [-1, 1]."""
     low, high = (torch.as_tensor(bound, dtype=torch.float32, device="cpu").detach() for bound in (low, high))
     for name, bound in (("low", low), ("high", high)):
         if bound.dim() != 1 or bound.numel() < 1:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -254,7 +255,7 @@ def _has_kernel(first: Tensor, *others: Tensor) -> bool:
     dtype = first.dtype
     if (dtype != torch.float32 and dtype != torch.float64) or not first.is_cpu:
         return False
-    if any(tensor.dtype != dtype for tensor in others):
+    if any(tensor.dtype != dtype or not tensor.is_cpu for tensor in others):
         return False
     if torch.compiler.is_compiling():
         return True
@@ -479,8 +480,7 @@ class _SquashedGaussian(torch.autograd.Function):
 # torch.compile: the same kernels as operators --------------------------------------------------------------
 
 
-@torch.library.custom_op("angle_rl::twin_q_target", mutates_args=(), device_types="cpu")
-def _twin_q_target_op(
+def _run_twin_q_target_of_either(
     rewards: Tensor,
     discounts: Tensor,
     next_q: Tensor,
@@ -488,48 +488,27 @@ def _twin_q_target_op(
     entropy_coefficient: float,
     entropy_tensor: Tensor | None,
 ) -> Tensor:
+    # An operator's arguments have one type each: a coefficient in a tensor goes its own way.
     coefficient = entropy_coefficient if entropy_tensor is None else float(entropy_tensor)
     return _run_twin_q_target(rewards, discounts, next_q, next_log_prob, coefficient)
 
 
-@_twin_q_target_op.register_fake
-def _(
-    rewards: Tensor,
-    discounts: Tensor,
-    next_q: Tensor,
-    next_log_prob: Tensor | None,
-    entropy_coefficient: float,
-    entropy_tensor: Tensor | None,
-) -> Tensor:
-    return next_q.new_empty(next_q.shape[1])
+_operator: Any = partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
+_twin_q_target_op = _operator("angle_rl::twin_q_target", _run_twin_q_target_of_either)
+_twin_q_loss_op = _operator("angle_rl::twin_q_loss", _run_twin_q_loss)
+_squashed_gaussian_op = _operator("angle_rl::squashed_gaussian", _run_squashed_gaussian)
+_update_targets_op = _operator("angle_rl::update_targets", _run_update_targets, mutates_args=("targets",))
 
-
-@torch.library.custom_op("angle_rl::twin_q_loss", mutates_args=(), device_types="cpu")
-def _twin_q_loss_op(
-    q: Tensor, td_target: Tensor, importance_weights: Tensor | None, huber_delta: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _run_twin_q_loss(q, td_target, importance_weights, huber_delta)
-
-
-@_twin_q_loss_op.register_fake
-def _(q: Tensor, td_target: Tensor, importance_weights: Tensor | None, huber_delta: float | None) -> Three:
-    return q.new_empty(()), q.new_empty(q.shape[1]), q.new_empty(q.shape)
-
-
-@torch.library.custom_op("angle_rl::squashed_gaussian", mutates_args=(), device_types="cpu")
-def _squashed_gaussian_op(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _run_squashed_gaussian(mean, log_std, noise)
-
-
-@_squashed_gaussian_op.register_fake
-def _(mean: Tensor, log_std: Tensor, noise: Tensor) -> Three:
-    return mean.new_empty(mean.shape), mean.new_empty(mean.shape[:-1]), mean.new_empty(mean.shape)
-
-
-@torch.library.custom_op("angle_rl::update_targets", mutates_args=("targets",), device_types="cpu")
-def _update_targets_op(targets: list[Tensor], online: list[Tensor], tau: float) -> None:
-    _run_update_targets(targets, online, tau)
-
-
+_twin_q_target_op.register_fake(lambda _r, _d, next_q, *_: next_q.new_empty(next_q.shape[1]))
+_twin_q_loss_op.register_fake(
+    lambda q, *_: (q.new_empty(()), q.new_empty(q.shape[1]), q.new_empty(q.shape)),
+)
+_squashed_gaussian_op.register_fake(
+    lambda mean, *_: (
+        mean.new_empty(mean.shape),
+        mean.new_empty(mean.shape[:-1]),
+        mean.new_empty(mean.shape),
+    ),
+)
 _twin_q_loss_op.register_autograd(_twin_q_loss_backward, setup_context=_save_twin_q_loss)
 _squashed_gaussian_op.register_autograd(_squashed_gaussian_backward, setup_context=_save_squashed_gaussian)
