@@ -299,8 +299,8 @@ def test_operators_pass_opcheck():
             torch.library.opcheck(ops._twin_q_loss_op, (q, target, None, delta))
         torch.library.opcheck(ops._squashed_gaussian_op, gaussian_inputs(dtype))
         coefficient = torch.tensor(0.2)
-        torch.library.opcheck(ops._twin_q_target_op, (target, weights, q.detach(), target, 0.0, coefficient))
-        torch.library.opcheck(ops._twin_q_target_op, (target, weights, q.detach(), None, 0.5, None))
+        torch.library.opcheck(ops._twin_q_target_op, (target, weights, q.detach(), target, coefficient))
+        torch.library.opcheck(ops._twin_q_target_op, (target, weights, q.detach(), None, coefficient))
         pairs = [draw(i, 3, i + 1, dtype=dtype) for i in range(4)]
         torch.library.opcheck(
             ops._update_targets_op, (pairs[:1] + pairs[2:3], [pairs[1][:, :1], pairs[3][:, :3]], 0.5)
@@ -332,6 +332,14 @@ def test_compiled_graph_gives_the_same_numbers(backend, dtype):
     compiled = torch.compile(forward, fullgraph=True, backend=backend)
     for value, expected in zip(run(compiled), run(forward), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_target_takes_numbers():
+    target = torch.compile(ops.twin_q_target, fullgraph=True, backend="aot_eager")
+    next_q, rewards, log_prob = draw(1, 2, 9), draw(2, 9), draw(3, 9)
+    for coefficient in (0.0, 0.1, 0.7, 1):
+        value = target(rewards, rewards, next_q, log_prob, coefficient)
+        close(value, reference_target(rewards, rewards, next_q, log_prob, coefficient), torch.float64)
 
 
 # Instruction sets ------------------------------------------------------------------------------------------

@@ -82,14 +82,11 @@ def twin_q_target(
     if differentiable or not _has_kernel(*tensors):
         return _twin_q_target_formula(rewards, discounts, next_q, next_log_prob, entropy_coefficient)
     if torch.compiler.is_compiling():
-        number, tensor = (
-            (0.0, entropy_coefficient)
-            if isinstance(entropy_coefficient, Tensor)
-            else (entropy_coefficient, None)
-        )
-        target: Tensor = _twin_q_target_op(rewards, discounts, next_q, next_log_prob, number, tensor)
+        if not isinstance(entropy_coefficient, Tensor):
+            entropy_coefficient = torch.full((), entropy_coefficient, dtype=torch.float64)
+        target: Tensor = _twin_q_target_op(rewards, discounts, next_q, next_log_prob, entropy_coefficient)
         return target
-    return _run_twin_q_target(rewards, discounts, next_q, next_log_prob, float(entropy_coefficient))
+    return _run_twin_q_target(rewards, discounts, next_q, next_log_prob, entropy_coefficient)
 
 
 def twin_q_loss(
@@ -204,7 +201,8 @@ def update_targets(targets: Iterable[Tensor], online: Iterable[Tensor], tau: flo
                 _update_targets_op(targets, online, tau)
             else:
                 _run_update_targets(targets, online, tau)
-                increment_version(targets)
+                for target in targets:
+                    increment_version(target)
         return
     for index, (target, source) in enumerate(zip(targets, online, strict=True)):
         _check_pair(index, target, source)
@@ -327,7 +325,7 @@ def _run_twin_q_target(
     discounts: Tensor,
     next_q: Tensor,
     next_log_prob: Tensor | None,
-    entropy_coefficient: float,
+    entropy_coefficient: float | Tensor,
 ) -> Tensor:
     rewards, discounts, next_q = rewards.contiguous(), discounts.contiguous(), next_q.contiguous()
     next_log_prob = None if next_log_prob is None else next_log_prob.contiguous()
@@ -335,7 +333,7 @@ def _run_twin_q_target(
     td_target = next_q.new_empty(batch)
     kernel = _core.twin_q_target_f32 if next_q.dtype == torch.float32 else _core.twin_q_target_f64
     inputs = rewards.data_ptr(), discounts.data_ptr(), next_q.data_ptr(), _address(next_log_prob)
-    kernel(*inputs, entropy_coefficient, td_target.data_ptr(), critics, batch)
+    kernel(*inputs, float(entropy_coefficient), td_target.data_ptr(), critics, batch)
     return td_target
 
 
@@ -480,24 +478,30 @@ class _SquashedGaussian(torch.autograd.Function):
 # torch.compile: the same kernels as operators --------------------------------------------------------------
 
 
-def _run_twin_q_target_of_either(
-    rewards: Tensor,
-    discounts: Tensor,
-    next_q: Tensor,
-    next_log_prob: Tensor | None,
-    entropy_coefficient: float,
-    entropy_tensor: Tensor | None,
-) -> Tensor:
-    # An operator's arguments have one type each: a coefficient in a tensor goes its own way.
-    coefficient = entropy_coefficient if entropy_tensor is None else float(entropy_tensor)
-    return _run_twin_q_target(rewards, discounts, next_q, next_log_prob, coefficient)
-
-
 _operator: Any = partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
-_twin_q_target_op = _operator("angle_rl::twin_q_target", _run_twin_q_target_of_either)
-_twin_q_loss_op = _operator("angle_rl::twin_q_loss", _run_twin_q_loss)
-_squashed_gaussian_op = _operator("angle_rl::squashed_gaussian", _run_squashed_gaussian)
-_update_targets_op = _operator("angle_rl::update_targets", _run_update_targets, mutates_args=("targets",))
+_twin_q_target_op = _operator(
+    "angle_rl::twin_q_target",
+    _run_twin_q_target,
+    schema="(Tensor rewards, Tensor discounts, Tensor next_q, Tensor? next_log_prob,"
+    " Tensor entropy_coefficient) -> Tensor",
+)
+_twin_q_loss_op = _operator(
+    "angle_rl::twin_q_loss",
+    _run_twin_q_loss,
+    schema="(Tensor q, Tensor td_target, Tensor? importance_weights, float? huber_delta)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+_squashed_gaussian_op = _operator(
+    "angle_rl::squashed_gaussian",
+    _run_squashed_gaussian,
+    schema="(Tensor mean, Tensor log_std, Tensor noise) -> (Tensor, Tensor, Tensor)",
+)
+_update_targets_op = _operator(
+    "angle_rl::update_targets",
+    _run_update_targets,
+    mutates_args=("targets",),
+    schema="(Tensor(a!)[] targets, Tensor[] online, float tau) -> ()",
+)
 
 _twin_q_target_op.register_fake(lambda _r, _d, next_q, *_: next_q.new_empty(next_q.shape[1]))
 _twin_q_loss_op.register_fake(
