@@ -34,9 +34,7 @@ def test_policy_shapes_bounds_and_gradients(kind):
     extreme, _ = policy.sample_actions(1e6 * observations(64))
     assert (extreme >= torch.from_numpy(LOW)).all()
     assert (extreme <= torch.from_numpy(HIGH)).all()
-    assert torch.equal(
-        policy.sample_actions(observations(), True)[0], policy.sample_actions(observations(), True)[0]
-    )
+    assert torch.equal(policy.sample_actions(observations(), True)[0], policy.sample_actions(observations(), True)[0])
 
 
 @given(
@@ -127,9 +125,7 @@ def test_state_dict_round_trip_and_copy(kind):
     other.load_state_dict(policy.state_dict())
     assert not any("action_" in name for name in policy.state_dict())
     for twin in (other, copy.deepcopy(policy)):
-        assert torch.equal(
-            twin.sample_actions(observations(), True)[0], policy.sample_actions(observations(), True)[0]
-        )
+        assert torch.equal(twin.sample_actions(observations(), True)[0], policy.sample_actions(observations(), True)[0])
 
 
 @pytest.mark.parametrize("hidden_sizes", [(), (16,), (16, 8)])

@@ -30,9 +30,7 @@ def draw(seed, *shape, dtype=torch.float64, scale=1.0):
 
 
 def close(value, truth, dtype):
-    np.testing.assert_allclose(
-        value.detach().double().numpy(), truth, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
-    )
+    np.testing.assert_allclose(value.detach().double().numpy(), truth, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def loss_inputs(dtype, critics=2, batch=7):
@@ -56,9 +54,7 @@ def test_target_equals_the_reference(dtype, entropy, critics, batch, seed):
     rewards, discounts = draw(seed, batch, dtype=dtype), draw(seed + 1, batch, dtype=dtype)
     next_q, log_prob = draw(seed + 2, critics, batch, dtype=dtype), draw(seed + 3, batch, dtype=dtype)
     if entropy is None:
-        close(
-            ops.twin_q_target(rewards, discounts, next_q), reference_target(rewards, discounts, next_q), dtype
-        )
+        close(ops.twin_q_target(rewards, discounts, next_q), reference_target(rewards, discounts, next_q), dtype)
         return
     coefficient = torch.tensor([0.3]) if entropy == "tensor" else entropy
     value = ops.twin_q_target(rewards, discounts, next_q, log_prob, coefficient)
@@ -95,9 +91,7 @@ def test_huber_is_torchs():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(
-    rows=st.integers(0, 40), columns=st.sampled_from([1, 2, 3, 6, 17, 513, 1030]), seed=st.integers(0, 2**16)
-)
+@given(rows=st.integers(0, 40), columns=st.sampled_from([1, 2, 3, 6, 17, 513, 1030]), seed=st.integers(0, 2**16))
 @quick
 def test_gaussian_equals_the_reference(dtype, rows, columns, seed):
     mean, log_std = (
@@ -234,9 +228,7 @@ def test_half_precision_and_strides_and_transforms():
     close(strided.grad, truth[2], torch.float64)
     gradient = torch.func.grad(lambda x: ops.twin_q_loss(x, target, weights)[0])(q.detach())
     close(gradient, truth[2], torch.float64)
-    losses = torch.func.vmap(lambda x: ops.twin_q_loss(x, target)[0])(
-        torch.stack([q.detach(), 2 * q.detach()])
-    )
+    losses = torch.func.vmap(lambda x: ops.twin_q_loss(x, target)[0])(torch.stack([q.detach(), 2 * q.detach()]))
     close(losses[0], reference_loss(q.detach(), target)[0], torch.float64)
     meta = ops.twin_q_loss(q.detach().to("meta"), target.to("meta"))
     assert meta[1].shape == (64,)
@@ -302,9 +294,7 @@ def test_operators_pass_opcheck():
         torch.library.opcheck(ops._twin_q_target_op, (target, weights, q.detach(), target, coefficient))
         torch.library.opcheck(ops._twin_q_target_op, (target, weights, q.detach(), None, coefficient))
         pairs = [draw(i, 3, i + 1, dtype=dtype) for i in range(4)]
-        torch.library.opcheck(
-            ops._update_targets_op, (pairs[:1] + pairs[2:3], [pairs[1][:, :1], pairs[3][:, :3]], 0.5)
-        )
+        torch.library.opcheck(ops._update_targets_op, (pairs[:1] + pairs[2:3], [pairs[1][:, :1], pairs[3][:, :3]], 0.5))
 
 
 @pytest.mark.parametrize(

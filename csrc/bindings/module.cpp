@@ -1,5 +1,9 @@
 // The extension module _core. The files of this folder are the only ones that know pybind11.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "kernels/kernels.h"
@@ -14,9 +18,9 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "available_isas",
       [] {
-        py::list found;
+        std::vector<std::string> found;
         for (const char* isa : {"baseline", "avx2", "avx512"}) {
-          if (angle::isa_available(isa)) found.append(isa);
+          if (angle::isa_available(isa)) found.emplace_back(isa);
         }
         return found;
       },

@@ -5,10 +5,12 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/typing.h>
 
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -66,7 +68,7 @@ class PyReplay {
 
   // Inserts when every argument can be taken as it is or by a plain conversion; otherwise returns None and changes
   // nothing, and the facade converts with full checks. columns: one array per field, in the schema's order.
-  py::object insert(const py::tuple& columns, py::handle terminated, py::handle truncated, py::handle streams) {
+  py::object insert(const py::typing::Tuple<py::object, py::ellipsis>& columns, py::handle terminated, py::handle truncated, py::handle streams) {
     if (columns.size() != types_.size()) return py::none();
     columns_.resize(types_.size());
     pointers_.resize(types_.size());
@@ -113,7 +115,7 @@ class PyReplay {
     return handles;
   }
 
-  void sample(size_t n, double discount, double importance_exponent, const py::tuple& field_addresses,
+  void sample(size_t n, double discount, double importance_exponent, const py::typing::Tuple<py::int_, py::ellipsis>& field_addresses,
               uintptr_t discounts, uintptr_t importance_weights, uintptr_t handles, uintptr_t steps) {
     std::array<uint8_t*, 16> few;
     std::vector<uint8_t*> many;
@@ -141,18 +143,16 @@ class PyReplay {
                      : replay_->update(tickets, reinterpret_cast<const float*>(td_errors), n);
   }
 
-  py::dict stats() const {
+  std::map<std::string, uint64_t> stats() const {
     const ReplayStats s = replay_->stats();
-    py::dict out;
-    out["inserts"] = s.inserts;
-    out["samples"] = s.samples;
-    out["updates"] = s.updates;
-    out["refused_updates"] = s.refused_updates;
-    out["busy_slots"] = s.busy_slots;
-    out["retries"] = s.retries;
-    out["saturated_weights"] = s.saturated_weights;
-    out["nan_observations"] = s.nan_observations;
-    return out;
+    return {{"inserts", s.inserts},
+            {"samples", s.samples},
+            {"updates", s.updates},
+            {"refused_updates", s.refused_updates},
+            {"busy_slots", s.busy_slots},
+            {"retries", s.retries},
+            {"saturated_weights", s.saturated_weights},
+            {"nan_observations", s.nan_observations}};
   }
 
   py::array_t<int64_t> weights() const {
@@ -162,13 +162,13 @@ class PyReplay {
   }
 
   // The used parts of the segment as views of its bytes: no copy, and only meaningful while nothing else runs.
-  static py::dict parts(const py::object& self) {
+  static py::typing::Dict<py::str, py::array_t<uint8_t>> parts(const py::object& self) {
     const auto& me = self.cast<const PyReplay&>();
     const SegmentLayout& layout = me.replay_->layout();
     const auto view = [&](uint64_t from, uint64_t to) {
       return py::array_t<uint8_t>(static_cast<py::ssize_t>(to - from), me.replay_->segment() + from, self);
     };
-    py::dict out;
+    py::typing::Dict<py::str, py::array_t<uint8_t>> out;
     out["index"] = view(0, layout.records_at);
     out["records"] = view(layout.records_at, layout.records_at + me.replay_->size() * layout.record_bytes);
     return out;

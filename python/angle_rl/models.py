@@ -116,9 +116,7 @@ class SquashedGaussianPolicy(PolicyModel):
     ``log_std`` is clamped to ``LOG_STD_RANGE``.
     """
 
-    def __init__(
-        self, observation_dim: int, low: Any, high: Any, hidden_sizes: Sequence[int] = (256, 256)
-    ) -> None:
+    def __init__(self, observation_dim: int, low: Any, high: Any, hidden_sizes: Sequence[int] = (256, 256)) -> None:
         _check_sizes(observation_dim=observation_dim, hidden_sizes=hidden_sizes)
         super().__init__(low, high)
         self.body = multilayer_perceptron(observation_dim, hidden_sizes)
@@ -142,9 +140,7 @@ class DeterministicPolicy(PolicyModel):
     and gives a ``log_prob`` of zeros.
     """
 
-    def __init__(
-        self, observation_dim: int, low: Any, high: Any, hidden_sizes: Sequence[int] = (256, 256)
-    ) -> None:
+    def __init__(self, observation_dim: int, low: Any, high: Any, hidden_sizes: Sequence[int] = (256, 256)) -> None:
         _check_sizes(observation_dim=observation_dim, hidden_sizes=hidden_sizes)
         super().__init__(low, high)
         self.body = multilayer_perceptron(observation_dim, hidden_sizes)
@@ -187,9 +183,7 @@ class TwinQ(nn.Module):
         hidden_sizes: Sequence[int] = (256, 256),
         critics: int = 2,
     ) -> None:
-        _check_sizes(
-            observation_dim=observation_dim, action_dim=action_dim, hidden_sizes=hidden_sizes, critics=critics
-        )
+        _check_sizes(observation_dim=observation_dim, action_dim=action_dim, hidden_sizes=hidden_sizes, critics=critics)
         super().__init__()
         self.critics = critics
         self.observation_dim = observation_dim

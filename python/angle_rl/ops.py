@@ -58,9 +58,7 @@ def twin_q_target(
     """
     _check_floating("next_q", next_q)
     if next_q.dim() != 2 or next_q.shape[0] < 1:
-        raise ValueError(
-            f"next_q has shape {_shape(next_q)}; it must be [critics, batch] with at least 1 critic"
-        )
+        raise ValueError(f"next_q has shape {_shape(next_q)}; it must be [critics, batch] with at least 1 critic")
     shape = next_q.shape[1:]
     _check("rewards", rewards, shape, "next_q", next_q)
     _check("discounts", discounts, shape, "next_q", next_q)
@@ -71,9 +69,7 @@ def twin_q_target(
     if isinstance(entropy_coefficient, Tensor):
         if entropy_coefficient.numel() != 1:
             shape_text = _shape(entropy_coefficient)
-            raise ValueError(
-                f"entropy_coefficient has shape {shape_text}; it must be a number or have 1 element"
-            )
+            raise ValueError(f"entropy_coefficient has shape {shape_text}; it must be a number or have 1 element")
         entropy_coefficient = entropy_coefficient.detach() if next_log_prob is None else entropy_coefficient
     differentiable = torch.is_grad_enabled() and (
         any(tensor.requires_grad for tensor in tensors)
@@ -126,9 +122,7 @@ def twin_q_loss(
         _check("importance_weights", importance_weights, q.shape[1:], "q", q)
         constants.append(importance_weights)
     if huber_delta is not None and not 0.0 < huber_delta < math.inf:
-        raise ValueError(
-            f"huber_delta is {huber_delta}; it must be above 0 and finite, or None for squared error"
-        )
+        raise ValueError(f"huber_delta is {huber_delta}; it must be above 0 and finite, or None for squared error")
     grad_enabled = torch.is_grad_enabled()
     if (grad_enabled and any(tensor.requires_grad for tensor in constants)) or not _has_kernel(q, *constants):
         return _twin_q_loss_formula(q, td_target, importance_weights, huber_delta)
@@ -160,9 +154,7 @@ def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Ten
     """
     _check_floating("mean", mean)
     if mean.dim() < 1 or mean.shape[-1] < 1:
-        raise ValueError(
-            f"mean has shape {_shape(mean)}; it must be [..., action_dim] with action_dim at least 1"
-        )
+        raise ValueError(f"mean has shape {_shape(mean)}; it must be [..., action_dim] with action_dim at least 1")
     _check("log_std", log_std, mean.shape, "mean", mean)
     _check("noise", noise, mean.shape, "mean", mean)
     grad_enabled = torch.is_grad_enabled()
@@ -243,9 +235,7 @@ def _check_pair(index: int, target: Tensor, source: Tensor) -> None:
     _check_floating(f"targets[{index}]", target)
     _check(f"online[{index}]", source, target.shape, f"targets[{index}]", target)
     if source.dtype != target.dtype:
-        raise TypeError(
-            f"online[{index}] has dtype {source.dtype}; it must be {target.dtype}, as its target is"
-        )
+        raise TypeError(f"online[{index}] has dtype {source.dtype}; it must be {target.dtype}, as its target is")
 
 
 def _has_kernel(first: Tensor, *others: Tensor) -> bool:
@@ -488,8 +478,7 @@ _twin_q_target_op = _operator(
 _twin_q_loss_op = _operator(
     "angle_rl::twin_q_loss",
     _run_twin_q_loss,
-    schema="(Tensor q, Tensor td_target, Tensor? importance_weights, float? huber_delta)"
-    " -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor q, Tensor td_target, Tensor? importance_weights, float? huber_delta) -> (Tensor, Tensor, Tensor)",
 )
 _squashed_gaussian_op = _operator(
     "angle_rl::squashed_gaussian",

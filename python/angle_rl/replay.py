@@ -66,8 +66,8 @@ def _as_array(name: str, value: Any) -> Array:
 class ReplayBuffer:
     """Uniform replay: every stored row is equally likely.
 
-    Rows are transitions; the oldest is overwritten when ``capacity`` is reached. Any thread may insert and sample at any
-    time; none waits for another. With one thread, the same seed and the same calls give the same batches bit for bit.
+    Rows are transitions; the oldest is overwritten when ``capacity`` is reached. Any thread may insert and sample at
+    any time; none waits for another. With one thread, the same seed and the same calls give the same batches bit for bit.
 
     Args:
         capacity: rows kept, at least 1. The memory is reserved at once; a MemoryError says when it is not to be had.
@@ -164,7 +164,7 @@ class ReplayBuffer:
         """Add one transition, or ``n`` with a leading axis on every argument.
 
         Args:
-            observations, next_observations: ``[*shape]`` or ``[n, *shape]``; dicts or tuples of those for nested spaces.
+            observations, next_observations: ``[*shape]`` or ``[n, *shape]``; nested spaces: dicts or tuples of those.
                 ``next_observations`` are the true successors, also where the episode ended.
             actions: ``[*shape]`` or ``[n, *shape]``.
             rewards: a finite number or ``[n]``.
@@ -436,7 +436,8 @@ class PrioritizedReplayBuffer(ReplayBuffer):
             ValueError: a NaN, infinite or negative td_error (the first bad index is named), a handle that was never
                 issued, unequal lengths. Nothing is changed then.
 
-        Arrays and CPU tensors that are contiguous go in without a copy; CUDA tensors are copied to the host. Any thread.
+        Arrays and CPU tensors that are contiguous go in without a copy; CUDA tensors are copied to the host.
+        Any thread.
         """
         if not (
             type(handles) is torch.Tensor

@@ -58,7 +58,7 @@ def make_schema(
     elif observation_space is not None or action_space is not None:
         raise ValueError("schema is given; then observation_space and action_space must be left out")
     elif not isinstance(schema, Mapping):
-        schema = {name: (shape, dtype) for name, shape, dtype in schema}
+        schema = {str(item[0]): (item[1], item[2]) for item in schema}
     known = {"observations", "actions", "rewards", "next_observations"}
     for name in schema:
         if name not in known:

@@ -1,0 +1,112 @@
+"""
+Compiled core of angle_rl: replay and fused operations. Use it through angle_rl.replay and angle_rl.ops.
+"""
+from __future__ import annotations
+import collections.abc
+import numpy
+import numpy.typing
+import typing
+__all__: list[str] = ['MAX_STREAMS', 'Replay', 'available_isas', 'has_cuda_compiler', 'isa', 'philox_normal_f32', 'philox_normal_f64', 'philox_split', 'philox_uniform', 'squashed_gaussian_f32', 'squashed_gaussian_f64', 'squashed_gaussian_gradient_f32', 'squashed_gaussian_gradient_f64', 'twin_q_loss_f32', 'twin_q_loss_f64', 'twin_q_target_f32', 'twin_q_target_f64', 'update_targets_f32', 'update_targets_f64']
+class Replay:
+    """
+    The compiled replay. angle_rl.replay is its public face.
+    """
+    def __init__(self, capacity: typing.SupportsInt | typing.SupportsIndex, fields: collections.abc.Sequence[tuple[str, numpy.dtype[typing.Any], collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]]], observation_fields: typing.SupportsInt | typing.SupportsIndex, prioritized: bool, stratified: bool, priority_exponent: typing.SupportsFloat | typing.SupportsIndex, priority_epsilon: typing.SupportsFloat | typing.SupportsIndex, seed: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def default_weight(self) -> int:
+        ...
+    def insert(self, columns: tuple[typing.Any, ...], terminated: typing.Any, truncated: typing.Any, streams: typing.Any) -> typing.Any:
+        ...
+    def parts(self) -> dict[str, numpy.typing.NDArray[numpy.uint8]]:
+        ...
+    def restore(self, index: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8], records: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8]) -> None:
+        ...
+    def sample(self, n: typing.SupportsInt | typing.SupportsIndex, discount: typing.SupportsFloat | typing.SupportsIndex, importance_exponent: typing.SupportsFloat | typing.SupportsIndex, field_addresses: tuple[int, ...], discounts: typing.SupportsInt | typing.SupportsIndex, importance_weights: typing.SupportsInt | typing.SupportsIndex, handles: typing.SupportsInt | typing.SupportsIndex, steps: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def stats(self) -> dict[str, int]:
+        ...
+    def sums_are_exact(self) -> bool:
+        ...
+    def update(self, handles: typing.SupportsInt | typing.SupportsIndex, td_errors: typing.SupportsInt | typing.SupportsIndex, is_double: bool, n: typing.SupportsInt | typing.SupportsIndex) -> int:
+        ...
+    def weights(self) -> numpy.typing.NDArray[numpy.int64]:
+        ...
+    @property
+    def capacity(self) -> int:
+        ...
+    @property
+    def nbytes(self) -> int:
+        ...
+    @property
+    def record_bytes(self) -> int:
+        ...
+    @property
+    def size(self) -> int:
+        ...
+def available_isas() -> list[str]:
+    """
+    Names of the instruction sets that this machine can run.
+    """
+def isa() -> str:
+    """
+    Name of the instruction set in use.
+    """
+def philox_normal_f32(key: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex, n: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Fill n float32 at address `out` with standard normals.
+    """
+def philox_normal_f64(key: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex, n: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Fill n float64 at address `out` with standard normals.
+    """
+def philox_split(key: typing.SupportsInt | typing.SupportsIndex, index: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    The index-th child of a 64-bit random key.
+    """
+def philox_uniform(key: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex, n: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Fill n float64 at address `out` with uniforms in [0, 1).
+    """
+def squashed_gaussian_f32(mean: typing.SupportsInt | typing.SupportsIndex, log_std: typing.SupportsInt | typing.SupportsIndex, noise: typing.SupportsInt | typing.SupportsIndex, actions: typing.SupportsInt | typing.SupportsIndex, spread: typing.SupportsInt | typing.SupportsIndex, log_prob: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Actions tanh(mean + exp(log_std) * noise) and their log-density.
+    """
+def squashed_gaussian_f64(mean: typing.SupportsInt | typing.SupportsIndex, log_std: typing.SupportsInt | typing.SupportsIndex, noise: typing.SupportsInt | typing.SupportsIndex, actions: typing.SupportsInt | typing.SupportsIndex, spread: typing.SupportsInt | typing.SupportsIndex, log_prob: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Actions tanh(mean + exp(log_std) * noise) and their log-density.
+    """
+def squashed_gaussian_gradient_f32(actions_gradient: typing.SupportsInt | typing.SupportsIndex, log_prob_gradient: typing.SupportsInt | typing.SupportsIndex, actions: typing.SupportsInt | typing.SupportsIndex, spread: typing.SupportsInt | typing.SupportsIndex, mean_gradient: typing.SupportsInt | typing.SupportsIndex, log_std_gradient: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Gradients by mean and log_std.
+    """
+def squashed_gaussian_gradient_f64(actions_gradient: typing.SupportsInt | typing.SupportsIndex, log_prob_gradient: typing.SupportsInt | typing.SupportsIndex, actions: typing.SupportsInt | typing.SupportsIndex, spread: typing.SupportsInt | typing.SupportsIndex, mean_gradient: typing.SupportsInt | typing.SupportsIndex, log_std_gradient: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Gradients by mean and log_std.
+    """
+def twin_q_loss_f32(q: typing.SupportsInt | typing.SupportsIndex, td_target: typing.SupportsInt | typing.SupportsIndex, importance_weights: typing.SupportsInt | typing.SupportsIndex, huber_delta: typing.SupportsFloat | typing.SupportsIndex, loss: typing.SupportsInt | typing.SupportsIndex, td_error: typing.SupportsInt | typing.SupportsIndex, q_gradient: typing.SupportsInt | typing.SupportsIndex, critics: typing.SupportsInt | typing.SupportsIndex, batch: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Loss, |td error| and the loss's gradient by q; huber_delta 0: squared error.
+    """
+def twin_q_loss_f64(q: typing.SupportsInt | typing.SupportsIndex, td_target: typing.SupportsInt | typing.SupportsIndex, importance_weights: typing.SupportsInt | typing.SupportsIndex, huber_delta: typing.SupportsFloat | typing.SupportsIndex, loss: typing.SupportsInt | typing.SupportsIndex, td_error: typing.SupportsInt | typing.SupportsIndex, q_gradient: typing.SupportsInt | typing.SupportsIndex, critics: typing.SupportsInt | typing.SupportsIndex, batch: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Loss, |td error| and the loss's gradient by q; huber_delta 0: squared error.
+    """
+def twin_q_target_f32(rewards: typing.SupportsInt | typing.SupportsIndex, discounts: typing.SupportsInt | typing.SupportsIndex, next_q: typing.SupportsInt | typing.SupportsIndex, next_log_prob: typing.SupportsInt | typing.SupportsIndex, entropy_coefficient: typing.SupportsFloat | typing.SupportsIndex, td_target: typing.SupportsInt | typing.SupportsIndex, critics: typing.SupportsInt | typing.SupportsIndex, batch: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    rewards + discounts * (min over critics of next_q - entropy term).
+    """
+def twin_q_target_f64(rewards: typing.SupportsInt | typing.SupportsIndex, discounts: typing.SupportsInt | typing.SupportsIndex, next_q: typing.SupportsInt | typing.SupportsIndex, next_log_prob: typing.SupportsInt | typing.SupportsIndex, entropy_coefficient: typing.SupportsFloat | typing.SupportsIndex, td_target: typing.SupportsInt | typing.SupportsIndex, critics: typing.SupportsInt | typing.SupportsIndex, batch: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    rewards + discounts * (min over critics of next_q - entropy term).
+    """
+def update_targets_f32(targets: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], online: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], tau: typing.SupportsFloat | typing.SupportsIndex) -> None:
+    """
+    target = tau * online + (1 - tau) * target, for every array of the lists.
+    """
+def update_targets_f64(targets: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], online: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], tau: typing.SupportsFloat | typing.SupportsIndex) -> None:
+    """
+    target = tau * online + (1 - tau) * target, for every array of the lists.
+    """
+MAX_STREAMS: int = 65536
+__version__: str = '0.1.0'
+has_cuda_compiler: bool = True
