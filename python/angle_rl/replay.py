@@ -67,7 +67,8 @@ class ReplayBuffer:
     """Uniform replay: every stored row is equally likely.
 
     Rows are transitions; the oldest is overwritten when ``capacity`` is reached. Any thread may insert and sample at
-    any time; none waits for another. With one thread, the same seed and the same calls give the same batches bit for bit.
+    any time; none waits for another. With one thread, the same seed and the
+    same calls give the same batches bit for bit.
 
     Args:
         capacity: rows kept, at least 1. The memory is reserved at once; a MemoryError says when it is not to be had.
