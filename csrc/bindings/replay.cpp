@@ -68,7 +68,8 @@ class PyReplay {
 
   // Inserts when every argument can be taken as it is or by a plain conversion; otherwise returns None and changes
   // nothing, and the facade converts with full checks. columns: one array per field, in the schema's order.
-  py::object insert(const py::typing::Tuple<py::object, py::ellipsis>& columns, py::handle terminated, py::handle truncated, py::handle streams) {
+  py::object insert(const py::typing::Tuple<py::object, py::ellipsis>& columns, py::handle terminated,
+                    py::handle truncated, py::handle streams) {
     if (columns.size() != types_.size()) return py::none();
     columns_.resize(types_.size());
     pointers_.resize(types_.size());
@@ -115,8 +116,9 @@ class PyReplay {
     return handles;
   }
 
-  void sample(size_t n, double discount, double importance_exponent, const py::typing::Tuple<py::int_, py::ellipsis>& field_addresses,
-              uintptr_t discounts, uintptr_t importance_weights, uintptr_t handles, uintptr_t steps) {
+  void sample(size_t n, double discount, double importance_exponent,
+              const py::typing::Tuple<py::int_, py::ellipsis>& field_addresses, uintptr_t discounts,
+              uintptr_t importance_weights, uintptr_t handles, uintptr_t steps) {
     std::array<uint8_t*, 16> few;
     std::vector<uint8_t*> many;
     uint8_t** addresses = few.data();

@@ -55,7 +55,8 @@ class PriorityTree {
 
   // The leaf of a slot. Any thread.
   std::atomic<uint64_t>& leaf(uint64_t slot) const { return reinterpret_cast<std::atomic<uint64_t>*>(leaves_)[slot]; }
-  void prefetch(uint64_t slot) const {
+  // Inlined by force: gcc takes a function that only prefetches for one without effect and drops the calls.
+  __attribute__((always_inline)) void prefetch(uint64_t slot) const {
     __builtin_prefetch(leaves_ + slot * sizeof(uint64_t), 1);
     __builtin_prefetch(sums_[0] + (slot >> shape_.shift[0]) * sizeof(int64_t), 1);
   }
@@ -134,7 +135,7 @@ class PriorityTree {
   std::atomic<int64_t>& sum(size_t level, uint64_t node) const {
     return reinterpret_cast<std::atomic<int64_t>*>(sums_[level])[node];
   }
-  static void prefetch_node(const uint8_t* children, uint64_t node, uint32_t shift) {
+  __attribute__((always_inline)) static void prefetch_node(const uint8_t* children, uint64_t node, uint32_t shift) {
     if (node == kLost) return;
     const uint8_t* first = children + (node << shift) * sizeof(uint64_t);
     for (size_t at = 0; at < (sizeof(uint64_t) << shift); at += kLine) __builtin_prefetch(first + at);

@@ -18,7 +18,7 @@ inline float reduced_expm1(float x, int32_t* n) {
   const float shifted = x * 1.44269504f + kRound;
   *n = static_cast<int32_t>(__builtin_bit_cast(uint32_t, shifted) - __builtin_bit_cast(uint32_t, kRound));
   const float count = shifted - kRound;
-  float r = x - count * 0.693359375f;      // log 2 in two parts; the first has 9 bits, so this product is exact
+  float r = x - count * 0.693359375f;  // log 2 in two parts; the first has 9 bits, so this product is exact
   r = r - count * -2.12194440e-4f;
   // (e^r - 1 - r) / r^2, fitted to 1.5e-8 of r
   float p = 1.39475986e-3f;
@@ -76,7 +76,8 @@ inline float log_one_plus(float x) {
 }
 inline double log_one_plus(double x) { return __builtin_log1p(x); }
 
-// --- The operations. --------------------------------------------------------------------------------------------------
+// --- The operations.
+// --------------------------------------------------------------------------------------------------
 
 template <typename T>
 void twin_q_target(const TwinTarget<T>& a) {
@@ -145,14 +146,19 @@ void twin_q_loss_of(const TwinLoss<T>& a) {
 template <typename T>
 void twin_q_loss(const TwinLoss<T>& a) {
   const bool huber = a.huber_delta > T(0), weighted = a.importance_weights != nullptr;
-  if (huber && weighted) twin_q_loss_of<true, true>(a);
-  else if (huber) twin_q_loss_of<true, false>(a);
-  else if (weighted) twin_q_loss_of<false, true>(a);
-  else twin_q_loss_of<false, false>(a);
+  if (huber && weighted)
+    twin_q_loss_of<true, true>(a);
+  else if (huber)
+    twin_q_loss_of<true, false>(a);
+  else if (weighted)
+    twin_q_loss_of<false, true>(a);
+  else
+    twin_q_loss_of<false, false>(a);
 }
 
 // With u = mean + spread: tanh u, and per element the log-density of tanh u,
-//   -noise^2/2 - log_std - log(2 pi)/2 - 2 (log 2 - u - softplus(-2u)),   where u + softplus(-2u) = |u| + log(1 + e^-2|u|).
+//   -noise^2/2 - log_std - log(2 pi)/2 - 2 (log 2 - u - softplus(-2u)),   where u + softplus(-2u) = |u| + log(1 +
+//   e^-2|u|).
 template <typename T>
 inline void squashed_gaussian_block(size_t n, const T* __restrict mean, const T* __restrict log_std,
                                     const T* __restrict noise, T* __restrict actions, T* __restrict spread,

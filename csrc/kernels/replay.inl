@@ -20,11 +20,11 @@ size_t nan_rows_f64(const double* values, size_t n, size_t width) {
 
 // Eight Philox blocks side by side, each word in a 64-bit lane, so that one multiplication serves eight blocks.
 void philox_draws(uint64_t key, uint64_t counter, uint64_t stream, uint64_t* out, size_t n) {
-  constexpr int kLanes = 8;
+  constexpr int kBlocks = 8;
   constexpr uint64_t kLow = 0xFFFFFFFFull;
-  for (size_t start = 0; start < n; start += 2 * kLanes) {
-    uint64_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
+  for (size_t start = 0; start < n; start += 2 * kBlocks) {
+    uint64_t c0[kBlocks], c1[kBlocks], c2[kBlocks], c3[kBlocks];
+    for (int lane = 0; lane < kBlocks; ++lane) {
       c0[lane] = counter & kLow;
       c1[lane] = counter >> 32;
       c2[lane] = stream & kLow;
@@ -32,7 +32,7 @@ void philox_draws(uint64_t key, uint64_t counter, uint64_t stream, uint64_t* out
     }
     uint64_t k0 = key & kLow, k1 = key >> 32;
     for (int round = 0; round < 10; ++round) {
-      for (int lane = 0; lane < kLanes; ++lane) {
+      for (int lane = 0; lane < kBlocks; ++lane) {
         const uint64_t p0 = 0xD2511F53ull * (c0[lane] & kLow), p1 = 0xCD9E8D57ull * (c2[lane] & kLow);
         const uint64_t n0 = (p1 >> 32) ^ c1[lane] ^ k0, n2 = (p0 >> 32) ^ c3[lane] ^ k1;
         c1[lane] = p1 & kLow;
@@ -43,14 +43,22 @@ void philox_draws(uint64_t key, uint64_t counter, uint64_t stream, uint64_t* out
       k0 = (k0 + 0x9E3779B9u) & kLow;
       k1 = (k1 + 0xBB67AE85u) & kLow;
     }
-    uint64_t bits[2 * kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
+    uint64_t bits[2 * kBlocks];
+    for (int lane = 0; lane < kBlocks; ++lane) {
       bits[2 * lane] = c0[lane] | c1[lane] << 32;
       bits[2 * lane + 1] = c2[lane] | c3[lane] << 32;
     }
-    const size_t count = n - start < 2 * kLanes ? n - start : 2 * kLanes;
+    const size_t count = n - start < 2 * kBlocks ? n - start : 2 * kBlocks;
     memcpy(out + start, bits, count * sizeof(uint64_t));
   }
+}
+
+constexpr size_t kPrefetchedBytes = 1024;  // longer records keep the hardware's own prefetcher busy
+
+// Inlined by force: gcc takes a function that only prefetches for one without effect and drops the calls.
+__attribute__((always_inline)) inline void prefetch_record(const uint8_t* records, size_t record_bytes, uint64_t slot) {
+  if (record_bytes > kPrefetchedBytes) return;
+  for (size_t at = 0; at < record_bytes; at += 64) __builtin_prefetch(records + slot * record_bytes + at, 0, 3);
 }
 
 inline int64_t load_once(const int64_t* address) { return __atomic_load_n(address, __ATOMIC_RELAXED); }
@@ -240,15 +248,9 @@ inline void copy_bytes(uint8_t* out, const uint8_t* in, size_t bytes) {
 
 void gather(const uint8_t* records, size_t record_bytes, const uint64_t* slots, size_t count, const FieldCopy* fields,
             size_t field_count) {
-  constexpr size_t kAhead = 16, kCacheLine = 64, kLarge = 2048;
-  const auto prefetch_row = [=](size_t i) {
-    if (i >= count || slots[i] == kLost || record_bytes > kLarge) return;
-    const uint8_t* record = records + slots[i] * record_bytes;
-    for (size_t at = 0; at < record_bytes; at += kCacheLine) __builtin_prefetch(record + at);
-  };
-  for (size_t i = 0; i < kAhead; ++i) prefetch_row(i);
+  constexpr size_t kAhead = 16, kLarge = 2048;
   for (size_t i = 0; i < count; ++i) {
-    prefetch_row(i + kAhead);
+    if (i + kAhead < count && slots[i + kAhead] != kLost) prefetch_record(records, record_bytes, slots[i + kAhead]);
     if (slots[i] == kLost) continue;
     const uint8_t* record = records + slots[i] * record_bytes;
     for (size_t f = 0; f < field_count; ++f) {
