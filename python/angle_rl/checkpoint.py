@@ -1,9 +1,9 @@
 """Checkpoints on disk: written whole or not at all, checksummed, never unpickled.
 
-A checkpoint is a folder of two files. ``tensors.safetensors`` holds the arrays in the safetensors format, so any reader
-of that format opens it; ``state.json`` holds the rest, the SHA-256 of the tensor file and its own. The folder is written
-under a temporary name beside its place, flushed to the disk and renamed. All functions: one writer per path; readers may
-run beside it.
+A checkpoint is a folder of two files. ``tensors.safetensors`` holds the arrays in the safetensors format, so
+any reader of that format opens it; ``state.json`` holds the rest, the SHA-256 of the tensor file and its own.
+The folder is written under a temporary name beside its place, flushed to the disk and renamed. All functions:
+one writer per path; readers may run beside it.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ PathLike: TypeAlias = "str | os.PathLike[str]"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written there, or what was found is missing, damaged, foreign or too new. Names the file."""
+    """A checkpoint cannot be written there, or is missing, damaged, foreign or too new; names the file."""
 
 
 def save(path: PathLike, tensors: Mapping[str, torch.Tensor | Array], state: Mapping[str, Any]) -> Path:
     """Write the checkpoint folder ``path``, replacing a checkpoint that is there, and return it.
 
-    ``tensors``: name -> tensor or NumPy array of any shape, a float, int or bool dtype, any device, strided or sharing
-    memory as it likes. Written piece by piece straight from their memory: only a tensor that is not contiguous, or not on
-    the CPU, is copied, one at a time.
-    ``state``: nested dicts with string keys, lists, tuples (read back as lists), strings, ints, floats (NaN and infinities
-    included), bools, None and NumPy scalars.
+    ``tensors``: name -> tensor or NumPy array of any shape, a float, int or bool dtype, any device, strided
+    or sharing memory as it likes. Written piece by piece straight from their memory: only a tensor that is
+    not contiguous, or not on the CPU, is copied, one at a time.
+    ``state``: nested dicts with string keys, lists, tuples (read back as lists), strings, ints, floats (NaN
+    and infinities included), bools, None and NumPy scalars.
 
-    Until the last rename the old checkpoint is what ``load`` finds; after a crash at any moment ``load`` finds the old or
-    the new one whole. Raises TypeError for a value that cannot be stored, naming it, and CheckpointError where ``path``
-    exists and is not a checkpoint; nothing is changed then.
+    Until the last rename the old checkpoint is what ``load`` finds; after a crash at any moment ``load``
+    finds the old or the new one whole. Raises TypeError for a value that cannot be stored, naming it, and
+    CheckpointError where ``path`` exists and is not a checkpoint; nothing is changed then.
     """
     target = Path(path)
     arrays = {name: _as_tensor(name, tensor) for name, tensor in tensors.items()}
@@ -105,9 +105,10 @@ def save(path: PathLike, tensors: Mapping[str, torch.Tensor | Array], state: Map
 def load(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read the checkpoint folder ``path``: its tensors (CPU, the shapes and dtypes saved) and its state.
 
-    Both checksums are verified first. The tensors are private maps of the file, read as they are touched, so a large
-    replay is not held twice; they stay valid after the folder is replaced or removed.
-    Raises CheckpointError, naming the file, if it is missing, truncated, altered, foreign or from a newer version.
+    Both checksums are verified first. The tensors are private maps of the file, read as they are touched, so
+    a large replay is not held twice; they stay valid after the folder is replaced or removed.
+    Raises CheckpointError, naming the file, if it is missing, truncated, altered, foreign or from a newer
+    version.
     """
     folder = find(path)
     if folder is None:
@@ -143,6 +144,13 @@ def find(path: PathLike) -> Path | None:
         if (folder / STATE_FILE).is_file():
             return folder
     return None
+
+
+def remove(path: PathLike) -> None:
+    """Delete the checkpoint ``path``; nothing happens where there is none. State first: half of it is none."""
+    while folder := find(path):
+        (folder / STATE_FILE).unlink()
+        shutil.rmtree(folder)
 
 
 def _previous(target: Path) -> Path:
@@ -229,7 +237,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
             file.write(piece)
         for name in order:
             flat = tensors[name].cpu().contiguous().reshape(-1)
-            data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+            data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
             for start in range(0, len(data), _CHUNK):
                 digest.update(data[start : start + _CHUNK])
                 file.write(data[start : start + _CHUNK])

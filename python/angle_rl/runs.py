@@ -10,10 +10,11 @@
       checkpoints/best/                  the one with the highest mean evaluation return
       learning_curve.png
 
-Metric names: ``evaluation/mean_return``, ``evaluation/std_return``, ``evaluation/episodes``; ``train/episode_return``,
-``train/episode_length`` where an episode ended; ``loss/critic``, ``loss/policy``, ``entropy_coefficient``;
-``speed/steps_per_second``, ``speed/updates_per_second``. Returns are sums of undiscounted rewards, steps are transitions
-stored. Everything here belongs to one thread.
+Metric names: ``evaluation/mean_return``, ``evaluation/std_return``, ``evaluation/episodes``;
+``train/episode_return``, ``train/episode_length`` where an episode ended; ``loss/critic``, ``loss/policy``,
+``entropy_coefficient``;
+``speed/steps_per_second``, ``speed/updates_per_second``. Returns are sums of undiscounted rewards, steps are
+transitions stored. Everything here belongs to one thread.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
 class Run:
-    """An open run folder that metrics and checkpoints are written to. ``create_run`` and ``resume_run`` make it.
+    """An open run folder, for metrics and checkpoints. ``create_run`` and ``resume_run`` make it.
 
     ``folder``: where it lies. ``best_return``: the highest mean evaluation return saved so far, or None.
     A context manager that closes itself. One thread.
@@ -91,10 +92,10 @@ class Run:
     def save_checkpoint(
         self, step: int, tensors: Mapping[str, torch.Tensor | Array], state: Mapping[str, Any]
     ) -> Path:
-        """Write ``checkpoints/step-<step>`` and remove all but the newest ``keep_checkpoints``. Raises as ``save``."""
+        """Write ``checkpoints/step-<step>``; keep the newest ``keep_checkpoints``. Raises as ``checkpoint.save``."""
         path = checkpoint.save(self.folder / "checkpoints" / f"step-{step:08d}", tensors, state)
         for old in list_checkpoints(self.folder)[: -self.keep_checkpoints]:
-            shutil.rmtree(old)
+            checkpoint.remove(old)
         return path
 
     def save_best(
@@ -148,8 +149,9 @@ def create_run(
 ) -> Run:
     """Make ``<root>/<environment>-<agent>-<seed>/`` with the config in it, and open it.
 
-    Characters that do not belong in a file name become ``-``. If the folder is there already, ``-2``, ``-3``, … is added:
-    nothing of an older run is touched. ``config`` must be JSON (TypeError before anything is made).
+    Characters that do not belong in a file name become ``-``. If the folder is there already, ``-2``, ``-3``,
+    … is added: nothing of an older run is touched. ``config`` must be JSON (TypeError before anything is
+    made).
     """
     _check_loggers(loggers)
     text = json.dumps(config, indent=2, allow_nan=False)
@@ -172,15 +174,17 @@ def resume_run(
 ) -> Run:
     """Open an existing run to go on from ``step``.
 
-    What was logged past ``step`` is dropped from metrics.jsonl (and hidden in TensorBoard), checkpoints of later steps
-    are removed, so the run reads as if it had never been interrupted. ``checkpoints/best`` stays. Raises ValueError if
-    ``folder`` is no run.
+    What was logged past ``step`` is dropped from metrics.jsonl (and hidden in TensorBoard), checkpoints of
+    later steps are removed, so the run reads as if it had never been interrupted. ``checkpoints/best`` stays.
+    Raises ValueError if ``folder`` is no run.
     """
     _check_loggers(loggers)
     folder = _existing_run(folder)
     for path in list_checkpoints(folder):
         if _step_of(path) > step:
-            shutil.rmtree(path)
+            checkpoint.remove(path)
+    for leftover in folder.glob("checkpoints/.*.new-*"):
+        shutil.rmtree(leftover)
     metrics = folder / METRICS_FILE
     if metrics.exists():
         kept = [line for line in read_metrics(folder) if line["step"] <= step]
@@ -194,7 +198,7 @@ def safe_name(text: str) -> str:
 
 
 def read_config(folder: PathLike) -> dict[str, Any]:
-    """The config.json of a run. Raises ValueError if ``folder`` is no run or the file is not a JSON object."""
+    """The config.json of a run. Raises ValueError if ``folder`` is no run or the file no JSON object."""
     path = _existing_run(folder) / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -235,7 +239,9 @@ def list_checkpoints(folder: PathLike) -> list[Path]:
     parent = Path(folder) / "checkpoints"
     if not parent.is_dir():
         return []
-    paths = [path for path in parent.iterdir() if _STEP_NAME.fullmatch(path.name) and checkpoint.find(path)]
+    # ".step-….previous": what a crash between the two renames of a replacement leaves of "step-…".
+    names = {path.name.removeprefix(".").removesuffix(".previous") for path in parent.iterdir()}
+    paths = [parent / name for name in names if _STEP_NAME.fullmatch(name) and checkpoint.find(parent / name)]
     return sorted(paths, key=_step_of)
 
 
@@ -254,9 +260,9 @@ def best_checkpoint(folder: PathLike) -> Path | None:
 def plot_learning_curve(run_folders: Sequence[PathLike], out_png: PathLike) -> Path:
     """Draw the runs' returns against environment steps into a PNG file and return its path.
 
-    A solid line with a band is the evaluations' mean ± standard deviation over episodes; a thin line is the moving mean
-    of the training episodes' returns. Needs no display and leaves matplotlib's global state alone. Raises ValueError for
-    an empty list and for a folder that is no run.
+    A solid line with a band is the evaluations' mean ± standard deviation over episodes; a thin line is the
+    moving mean of the training episodes' returns. Needs no display and leaves matplotlib's global state
+    alone. Raises ValueError for an empty list and for a folder that is no run.
     """
     if not run_folders:
         raise ValueError("run_folders is empty; at least 1 run is drawn")
@@ -301,9 +307,11 @@ def plot_learning_curve(run_folders: Sequence[PathLike], out_png: PathLike) -> P
 
 
 class Progress:
-    """A progress bar on the error stream with steps/s, updates/s, return and ETA; it draws only on a terminal.
+    """A progress bar on the error stream with steps/s, updates/s, return and ETA; it draws only on a
+    terminal.
 
-    ``total``: steps at the end; ``completed``: steps done by an earlier part of the run. Rates are over the last
+    ``total``: steps at the end; ``completed``: steps done by an earlier part of the run. Rates are over the
+    last
     ``window`` seconds, and are kept also where nothing is drawn. A context manager; one thread.
     """
 
@@ -336,7 +344,9 @@ class Progress:
         return self._bar is not None
 
     def update(self, steps: int, updates: int, mean_return: float | None = None) -> None:
-        """The run has done ``steps`` steps and ``updates`` updates; the last return, where a new one is known. Cheap."""
+        """The run has done ``steps`` steps and ``updates`` updates; the last return, where a new one is
+        known. Cheap.
+        """
         if mean_return is not None:
             self._return = mean_return
         now = time.perf_counter()
@@ -354,7 +364,9 @@ class Progress:
             self._bar.update(self._task, completed=steps, rates=text)
 
     def rates(self) -> dict[str, float]:
-        """``speed/steps_per_second`` and ``speed/updates_per_second`` over the window; 0 before the first update."""
+        """``speed/steps_per_second`` and ``speed/updates_per_second`` over the window; 0 before the first
+        update.
+        """
         (start, steps, updates), (end, last_steps, last_updates) = self._samples[0], self._samples[-1]
         seconds = end - start
         return {
@@ -384,7 +396,7 @@ def _check_loggers(loggers: Sequence[str]) -> None:
 def _tensorboard_writer(folder: Path, purge_step: int | None) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    return SummaryWriter(str(folder), purge_step=purge_step)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def _existing_run(folder: PathLike) -> Path:

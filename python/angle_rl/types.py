@@ -22,9 +22,7 @@ class Batch(NamedTuple):
     actions: torch.Tensor  # [batch, *action_shape]
     rewards: torch.Tensor  # [batch] float32
     next_observations: Any  # [batch, *observation_shape]: the true successor, also where the episode was cut
-    discounts: (
-        torch.Tensor
-    )  # [batch] float32, discount**steps * (1 - terminated): the factor of the bootstrap value
+    discounts: torch.Tensor  # [batch] float32, discount**steps * (1 - terminated): the factor of the bootstrap value
     importance_weights: torch.Tensor  # [batch] float32, largest 1; ones under uniform sampling
     handles: torch.Tensor  # [batch] int64, what update_priorities takes
     steps: torch.Tensor  # [batch] int64, number of rewards summed
@@ -49,9 +47,7 @@ class EnvironmentState(NamedTuple):
     reward: Array  # [n] float64
     terminated: Array  # [n] bool
     truncated: Array  # [n] bool
-    final_observation: (
-        Any  # [n, *observation_shape]: where the step led; differs from `observation` only after a reset
-    )
+    final_observation: Any  # [n, *observation_shape]: where the step led; differs from `observation` only after a reset
     stepped: Array  # [n] bool: False where this was a reset and no transition took place
 
 
