@@ -91,7 +91,7 @@ def save(path: PathLike, tensors: Mapping[str, torch.Tensor | Array], state: Map
         }
         body["sha256"] = _body_digest(body)
         with open(temporary / STATE_FILE, "w", encoding="ascii") as file:
-            json.dump(body, file, indent=1, sort_keys=True, allow_nan=False)
+            json.dump(body, file, indent=1, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
         _sync_folder(temporary)
@@ -292,7 +292,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _body_digest(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(body, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
