@@ -278,7 +278,10 @@ def test_a_first_save_that_crashes_leaves_nothing(tmp_path, monkeypatch):
 def test_a_replacement_killed_between_its_renames_is_found(tmp_path):
     path = save(tmp_path / "one", {}, {"which": "old"})
     os.replace(path, tmp_path / ".one.previous")  # where a power cut would leave it
+    (tmp_path / ".one.new-1-abcd").mkdir()
     assert load(path)[1] == {"which": "old"}
+    save(path, {}, {"which": "next"})
+    assert os.listdir(tmp_path) == ["one"]
     remove(path)
     assert find(path) is None
     assert os.listdir(tmp_path) == []

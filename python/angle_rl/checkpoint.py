@@ -3,11 +3,13 @@
 A checkpoint is a folder of two files. ``tensors.safetensors`` holds the arrays in the safetensors format, so
 any reader of that format opens it; ``state.json`` holds the rest, the SHA-256 of the tensor file and its own.
 The folder is written under a temporary name beside its place, flushed to the disk and renamed. All functions:
-one writer per path; readers may run beside it.
+one writer per path; a reader of a checkpoint that is being replaced gets the old one, the new one or a
+CheckpointError.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -77,6 +79,8 @@ def save(path: PathLike, tensors: Mapping[str, torch.Tensor | Array], state: Map
             f"{target} exists and is not a checkpoint (it has no {STATE_FILE}); it is left as it is"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.new-*"):  # of a writer that was killed
+        shutil.rmtree(leftover)
     temporary = target.parent / f".{target.name}.new-{os.getpid()}-{secrets.token_hex(4)}"
     temporary.mkdir()
     try:
