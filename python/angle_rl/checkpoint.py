@@ -151,7 +151,7 @@ def find(path: PathLike) -> Path | None:
 
 
 def remove(path: PathLike) -> None:
-    """Delete the checkpoint ``path``; nothing happens where there is none. State first: half of it is none."""
+    """Delete the checkpoint ``path``, if there is one; its state first, so that half of it is none."""
     while folder := find(path):
         (folder / STATE_FILE).unlink()
         shutil.rmtree(folder)

@@ -59,9 +59,7 @@ class Run:
         keep_checkpoints: int = 3,
         purge_step: int | None = None,
     ) -> None:
-        _check_loggers(loggers)
-        if keep_checkpoints < 1:
-            raise ValueError(f"keep_checkpoints is {keep_checkpoints}; at least 1 is kept")
+        _check_service(loggers, keep_checkpoints)
         self.folder = Path(folder)
         self.keep_checkpoints = keep_checkpoints
         best = best_checkpoint(self.folder)
@@ -92,7 +90,7 @@ class Run:
     def save_checkpoint(
         self, step: int, tensors: Mapping[str, torch.Tensor | Array], state: Mapping[str, Any]
     ) -> Path:
-        """Write ``checkpoints/step-<step>``; keep the newest ``keep_checkpoints``. Raises as ``checkpoint.save``."""
+        """Write ``checkpoints/step-<step>``, keep the newest few. Raises as ``checkpoint.save``."""
         path = checkpoint.save(self.folder / "checkpoints" / f"step-{step:08d}", tensors, state)
         for old in list_checkpoints(self.folder)[: -self.keep_checkpoints]:
             checkpoint.remove(old)
@@ -153,7 +151,7 @@ def create_run(
     … is added: nothing of an older run is touched. ``config`` must be JSON (TypeError before anything is
     made).
     """
-    _check_loggers(loggers)
+    _check_service(loggers, keep_checkpoints)
     text = json.dumps(config, indent=2, allow_nan=False)
     name = f"{safe_name(environment)}-{safe_name(agent)}-{seed}"
     Path(root).mkdir(parents=True, exist_ok=True)
@@ -178,7 +176,7 @@ def resume_run(
     later steps are removed, so the run reads as if it had never been interrupted. ``checkpoints/best`` stays.
     Raises ValueError if ``folder`` is no run.
     """
-    _check_loggers(loggers)
+    _check_service(loggers, keep_checkpoints)
     folder = _existing_run(folder)
     for path in list_checkpoints(folder):
         if _step_of(path) > step:
@@ -387,7 +385,9 @@ class Progress:
             self._bar.stop()
 
 
-def _check_loggers(loggers: Sequence[str]) -> None:
+def _check_service(loggers: Sequence[str], keep_checkpoints: int) -> None:
+    if keep_checkpoints < 1:
+        raise ValueError(f"keep_checkpoints is {keep_checkpoints}; at least 1 is kept")
     unknown = [name for name in loggers if name not in LOGGERS]
     if isinstance(loggers, str) or unknown:
         raise ValueError(f"loggers is {loggers!r}; a sequence of names out of {LOGGERS} is taken")
