@@ -43,9 +43,7 @@ Step = tuple[EnvironmentState, RandomKey]
 
 @runtime_checkable
 class DataFeed(Protocol):
-    """What a trainer asks of a source of transitions. A feed may be written by a user: these names are all it
-    needs.
-    """
+    """What a trainer asks of a source of transitions. A user's own feed needs these names and no others."""
 
     observation_space: Space  # of one environment
     action_space: Space  # of one environment
@@ -53,16 +51,13 @@ class DataFeed(Protocol):
     name: str  # the environment's id, for folders and messages
 
     def init(self, random_key: RandomKey) -> Step:
-        """Seed everything from the key and begin an episode everywhere: nothing ``stepped``, rewards 0, no
-        flags.
-        """
+        """Seed everything from the key and begin an episode everywhere; no row has ``stepped``."""
 
     def reset(self, random_key: RandomKey, environment_state: EnvironmentState) -> Step:
         """Begin a new episode everywhere, as ``init`` does."""
 
     def step(self, random_key: RandomKey, environment_state: EnvironmentState, actions: Array) -> Step:
-        """Take ``actions`` [n, *action_shape] from ``environment_state``, the state that the last call
-        returned.
+        """Take ``actions`` [n, *action_shape] in ``environment_state``, which the last call returned.
 
         Where an episode ends a new one begins by itself: ``observation`` is then its first one and
         ``final_observation`` the true successor; rows that spent this step on a reset have ``stepped`` False,
@@ -79,10 +74,8 @@ def make_feed(source: Any, *, num_environments: int = 1, **options: Any) -> Data
     ``source``: a registered id or ``EnvSpec`` (``num_environments`` copies; ``options`` go to
     ``gymnasium.make``), a class or zero-argument function making an ``Env`` (likewise; no options), an
     ``Env``, a ``VectorEnv``, a ``DataFeed``, or a transition function (``options`` are ``FunctionFeed``'s).
-    For a source that fixes its own number of environments,
-    ``num_environments`` is 1 or that number.
-    Raises ValueError (an unknown id: naming the nearest registered ones) or TypeError, before anything is
-    made.
+    For a source that fixes its own number of environments, ``num_environments`` is 1 or that number.
+    Raises ValueError or TypeError; for an unknown id it names the nearest registered ones.
     """
     if not isinstance(num_environments, int) or num_environments < 1:
         raise ValueError(f"num_environments is {num_environments!r}; at least 1 is needed")
@@ -329,7 +322,7 @@ class FunctionFeed:
     ``step_limit``: an episode of so many steps is truncated; where the function says terminated too, both
     flags stand.
     ``batched``: the function takes and returns ``num_environments`` rows at once (``time_step`` is then int64
-    [n]).
+    [n]; a single flag holds for all rows).
     """
 
     def __init__(
@@ -404,6 +397,7 @@ class FunctionFeed:
             successors, reward, ended, cut = _outcome(self._function(observations, actions, *time))
             final = to_batch(space, successors, n)
             rewards = to_vector(reward, np.float64, n, "rewards")
+            ended, cut = (flag if np.ndim(flag) else np.full(n, flag) for flag in (ended, cut))
             terminated = to_vector(ended, np.bool_, n, "terminated")
             truncated = to_vector(cut, np.bool_, n, "truncated")
         else:

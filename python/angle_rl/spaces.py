@@ -1,8 +1,8 @@
 """Observations and actions as NumPy arrays laid out as a Gymnasium space says.
 
-A batch of a Dict or Tuple space is a dict or tuple of arrays with a leading axis. The functions that take values
-return copies, and refuse what does not fit with a ValueError (shape, range) or TypeError (dtype) naming both sides.
-Any thread.
+A batch of a Dict or Tuple space is a dict or tuple of arrays with a leading axis. The functions that take
+values return copies, and refuse what does not fit with a ValueError (shape, range) or TypeError (dtype) that
+names both sides. Any thread.
 """
 
 from __future__ import annotations
