@@ -1,0 +1,289 @@
+"""AgentConfig: all that a run is decided by, in three parts.
+
+Every field says its meaning and unit beside it, and its range in its type. A value outside its range, of the
+wrong type, or that contradicts another is refused when the config is made, naming field, value and limit.
+Configs are frozen: `dataclasses.replace` makes a changed one, and is checked again. Thread rule: any thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class In:
+    """A range in interval notation: `[` and `]` include the bound, `(` and `)` leave it out."""
+
+    text: str
+
+    def holds(self, value: float) -> bool:
+        """Whether the value lies in the range. NaN lies in none."""
+        low, high = (float(bound) for bound in self.text[1:-1].split(","))
+        above = low <= value if self.text[0] == "[" else low < value
+        return above and (value <= high if self.text[-1] == "]" else value < high)
+
+
+Count = Annotated[int, In("[1, inf)")]
+Steps = Annotated[int, In("[0, inf)")]
+Positive = Annotated[float, In("(0, inf)")]
+NotNegative = Annotated[float, In("[0, inf)")]
+Share = Annotated[float, In("[0, 1]")]
+PositiveShare = Annotated[float, In("(0, 1]")]
+Finite = Annotated[float, In("(-inf, inf)")]
+Seed = Annotated[int, In("[0, 9223372036854775807]")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """What is learned, and how."""
+
+    agent: Literal["sac", "td3"] = "sac"  # the algorithm
+    hidden_sizes: tuple[Count, ...] = (256, 256)  # units of each hidden layer, in all networks
+    critics: Annotated[int, In("[2, inf)")] = 2  # critics in the ensemble; the target takes their minimum
+    learning_rate: Positive = 1e-3  # Adam's step size: the critics', and the others' where they have none
+    policy_learning_rate: Positive | None = None  # Adam's step size for the policy; None: learning_rate
+    entropy_learning_rate: Positive | None = None  # SAC, for the entropy coefficient; None: learning_rate
+    batch_size: Count = 256  # transitions per update
+    discount: Share = 0.99  # factor per environment step on what comes later
+    tau: PositiveShare = 0.005  # per update: target <- tau * online + (1 - tau) * target
+    learning_starts: Steps = 1_000  # environment steps of uniform random actions without an update
+    updates_per_step: Positive = 1.0  # updates per environment step; 0.5: one every second step
+    policy_update_interval: Count | Literal["auto"] | None = "auto"
+    # environment steps between policy steps; auto: every update (SAC), every second one (TD3); None: off
+    meta_update_interval: Count | None = None  # environment steps from meta step to meta step; None: off
+    policy_batch: Literal["critic", "fresh"] = "critic"  # the policy learns on the critic's batch or its own
+    huber_delta: Positive | None = None  # Huber error beyond this |td_error|; None: squared error
+    max_gradient_norm: Positive | None = None  # 2-norm to clip each network's gradients to
+    entropy_coefficient: NotNegative | Literal["auto"] = "auto"  # SAC, reward per nat; auto: learned, from 1
+    target_entropy: Finite | None = None  # SAC, nats auto aims at; None: -(action dimensions)
+    exploration_noise: NotNegative = 0.1  # TD3, acting noise's deviation, in halves of the action range
+    target_noise: NotNegative = 0.2  # TD3, deviation of noise on the target policy's actions, same unit
+    target_noise_clip: NotNegative = 0.5  # TD3, target noise is clipped to this either way, same unit
+    replay: Literal["prioritized", "uniform"] = "prioritized"  # how transitions are drawn
+    replay_capacity: Count = 1_000_000  # transitions kept; the oldest go first
+    priority_exponent: NotNegative = 0.6  # prioritized: priority = (|td_error| + priority_epsilon) ** this
+    importance_exponent: NotNegative = 0.4  # prioritized: weight = (size * probability) ** -this
+    priority_epsilon: NotNegative = 1e-6  # prioritized: added to |td_error|, in units of Q
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if not self.hidden_sizes:
+            raise ValueError("hidden_sizes is (); at least 1 hidden layer is needed")
+        if self.target_entropy is not None and self.entropy_coefficient != "auto":
+            raise ValueError(
+                f"target_entropy is {self.target_entropy} while entropy_coefficient is "
+                f"{self.entropy_coefficient}; a target needs entropy_coefficient 'auto'"
+            )
+        if self.batch_size > self.replay_capacity:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; it must be at most "
+                f"replay_capacity ({self.replay_capacity})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Where and how long it is learned."""
+
+    environment: str = "Pendulum-v1"  # a Gymnasium id; not read where a feed is passed
+    steps: Count = 8_000  # transitions to reach, of all environments; a resume counts on
+    seed: Seed = 0  # decides everything random
+    parallel_environments: Count = 1  # environments stepped together
+    evaluation_interval: Count | None = 2_000  # environment steps between evaluations; None: only the last
+    evaluation_episodes: Count = 20  # whole episodes in each evaluation
+    device: str = "cpu"  # the torch device that holds the networks
+    threads: Count | None = None  # torch's threads inside one operation; None: torch's own choice
+    engine: Literal["auto", "torch"] = "auto"  # executes the updates; auto: the fastest
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if not self.environment:
+            raise ValueError("environment is ''; it must name a Gymnasium environment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """What a run leaves behind and shows."""
+
+    run_folder: str | None = None  # where the run is kept; None: runs/<environment>-<agent>-<seed>
+    tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
+    progress: bool = True  # draw a progress bar where the output is a terminal
+    log_interval: Count = 500  # environment steps between lines of metrics
+    checkpoint_interval: Count | None = 5_000  # environment steps between checkpoints; None: only the last
+    keep_checkpoints: Count = 1  # newest checkpoints kept, besides the best
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """One run's configuration. Raises ValueError or TypeError where parts contradict each other."""
+
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    training: Training = field(default_factory=Training)
+    service: Service = field(default_factory=Service)
+
+    def __post_init__(self) -> None:
+        for name, kind in _hints(AgentConfig).items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be a {kind.__name__}")
+        learning_starts, steps = self.hyperparameters.learning_starts, self.training.steps
+        if learning_starts >= steps:
+            raise ValueError(
+                f"learning_starts is {learning_starts}; it must be less than steps ({steps}), "
+                "or nothing would be learned"
+            )
+
+    def to_json(self) -> str:
+        """The config as a JSON object of three objects."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def to_toml(self) -> str:
+        """The config as three TOML tables. None is left out where it is the default, and "none" elsewhere."""
+        lines = []
+        for part in dataclasses.fields(self):
+            config = getattr(self, part.name)
+            lines.append(f"[{part.name}]")
+            for entry in dataclasses.fields(config):
+                value = getattr(config, entry.name)
+                if value is not None or entry.default is not None:
+                    lines.append(f"{entry.name} = {_toml('none' if value is None else value)}")
+            lines.append("")
+        return "\n".join(lines)
+
+    @classmethod
+    def from_json(cls, text: str) -> AgentConfig:
+        """What `to_json` wrote; a field left out takes its default. ValueError on an unknown field."""
+        try:
+            entries = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the config is not JSON: {error}") from None
+        return config_from_dict(entries)
+
+    @classmethod
+    def from_toml(cls, text: str) -> AgentConfig:
+        """What `to_toml` wrote; a field left out takes its default. ValueError on an unknown field."""
+        try:
+            entries = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"the config is not TOML: {error}") from None
+        return config_from_dict(entries)
+
+
+def config_from_dict(entries: Any) -> AgentConfig:
+    """An AgentConfig from nested dicts. ValueError names an unknown field and the nearest known one."""
+    parts = _hints(AgentConfig)
+    _check_keys(entries, parts, "the config")
+    return AgentConfig(**{name: _part(parts[name], name, given) for name, given in entries.items()})
+
+
+def read_config(path: str | Path) -> AgentConfig:
+    """The config in a .toml or .json file. OSError where it cannot be read; ValueError."""
+    path = Path(path)
+    readers = {".toml": AgentConfig.from_toml, ".json": AgentConfig.from_json}
+    if path.suffix not in readers:
+        raise ValueError(f"config file is {str(path)!r}; it must end in .toml or .json")
+    return readers[path.suffix](path.read_text(encoding="utf-8"))
+
+
+Part = TypeVar("Part")
+
+
+def _part(kind: type[Part], name: str, given: Any) -> Part:
+    hints = _hints(kind)
+    _check_keys(given, hints, name)
+    return kind(**{key: _none_from_text(value, hints[key]) for key, value in given.items()})
+
+
+def _check_keys(given: Any, known: dict[str, Any], where: str) -> None:
+    if not isinstance(given, dict):
+        raise TypeError(f"{where} is {given!r}; it must be a table of fields")
+    for key in given:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise ValueError(f"{where} has no field {key!r}; the nearest is {nearest[0]!r}")
+
+
+def _none_from_text(value: Any, hint: Any) -> Any:
+    """TOML knows no null: "none" stands for it in the fields that may be None."""
+    return None if value == "none" and type(None) in _members(hint) else value
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a type: its union's members, or itself."""
+    return (hint,) if get_origin(hint) in (None, Annotated, tuple, Literal) else get_args(hint)
+
+
+def _check_fields(part: Any) -> None:
+    """Check every field against its declared type and range; an int becomes a float, a list a tuple."""
+    for name, hint in _hints(type(part)).items():
+        object.__setattr__(part, name, _checked(name, getattr(part, name), hint))
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """The value, as the first alternative of its declared type that takes it."""
+    members = _members(hint)
+    for member in members:
+        limit = get_args(member)[1] if get_origin(member) is Annotated else None
+        kind = get_args(member)[0] if limit is not None else member
+        if get_origin(kind) is Literal:
+            if isinstance(value, str) and value in get_args(kind):
+                return value
+        elif get_origin(kind) is tuple:
+            if isinstance(value, list | tuple):
+                return tuple(_checked(name, one, get_args(kind)[0]) for one in value)
+        elif _is_a(value, kind):
+            if limit is not None and not limit.holds(value):
+                raise ValueError(f"{name} is {value!r}; it must lie in {limit.text}")
+            return float(value) if kind is float else value
+    allowed = " or ".join(_type_name(member) for member in members)
+    choices = [
+        str(choice) for member in members if get_origin(member) is Literal for choice in get_args(member)
+    ]
+    nearest = difflib.get_close_matches(str(value), choices, n=1)
+    refusal = ValueError if choices and isinstance(value, str) else TypeError
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    raise refusal(f"{name} is {value!r}; it must be {allowed}{hint}")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+
+
+def _type_name(member: Any) -> str:
+    if get_origin(member) is Annotated:
+        kind, limit = get_args(member)
+        return f"{_type_name(kind)} in {limit.text}"
+    if get_origin(member) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(member))
+    if get_origin(member) is tuple:
+        return f"a list of: {_type_name(get_args(member)[0])}"
+    return {int: "an int", float: "a number", str: "a string", bool: "true or false"}.get(member, "None")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(one) for one in value) + "]"
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value)
+    # A bool, an int, or a string: JSON's escapes are TOML's too, which wants DEL escaped besides.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
