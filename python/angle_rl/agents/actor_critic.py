@@ -1,0 +1,398 @@
+"""What SAC and TD3 share: one policy, an ensemble of critics, a replay, and the five callbacks over them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+from angle_rl.agents.base import crossings
+from angle_rl.agents.noise import ActionBounds, action_bounds, seeded_torch, takes_noise, uniform_actions
+from angle_rl.config import AgentConfig
+from angle_rl.engines import Engine, NextValues, PolicyLoss, Update, UpdateResult, make_engine
+from angle_rl.models import TwinQ
+from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
+from angle_rl.types import Array, Batch, RandomKey, RLState, UpdateSpec
+
+QFuture = Callable[[torch.nn.Module, Any, torch.Tensor], torch.Tensor]
+"""``f(target_critics, next_observations, next_actions)`` -> ``[batch]``, or ``[critics, batch]`` (minimum)"""
+
+SKIPS_ALLOWED = 2
+
+
+class LossNotFiniteError(ArithmeticError):
+    """The third update in a row had a NaN or infinite loss."""
+
+
+@dataclass(kw_only=True)
+class ActorCriticState:
+    """All that an actor-critic learns and counts. Changed in place by its agent."""
+
+    policy: torch.nn.Module
+    target_policy: torch.nn.Module | None  # None: the target's actions come from the policy itself
+    critics: torch.nn.Module
+    target_critics: torch.nn.Module
+    optimizers: dict[
+        str, torch.optim.Optimizer
+    ]  # "critics", "policy", and SAC's "entropy_coefficient" if learned
+    replay: Any  # ReplayBuffer or PrioritizedReplayBuffer
+    meta: Any  # has update_meta_learning_model(states, q); None: no meta step
+    bounds: ActionBounds
+    device: torch.device
+    policy_takes_noise: bool
+    log_entropy_coefficient: torch.Tensor | None = (
+        None  # scalar, SAC's parameter; None: fixed, or no entropy term
+    )
+    entropy_coefficient: torch.Tensor | None = None  # scalar, its exponential, without gradient
+    steps: int = 0  # transitions recorded
+    learned_steps: int = 0  # what `steps` was when optimize_model last ran
+    updates: int = 0  # updates taken
+    policy_updates: int = 0  # policy steps taken
+    skipped_updates: int = 0  # updates left out for a loss that was not finite
+    skipped_in_a_row: int = 0
+    last_update: UpdateResult | None = None  # the newest update's batch, values and losses
+    engine: Engine = field(init=False)
+
+
+class ActorCritic:
+    """An off-policy actor-critic. A subclass gives the default policy and the three equations.
+
+    `q_future` may replace the value of the target critics at the next actions (default: their minimum).
+    """
+
+    name: str
+
+    def __init__(self, config: AgentConfig, q_future: QFuture | None = None) -> None:
+        hyperparameters = config.hyperparameters
+        self.config = config
+        self._hyperparameters = hyperparameters
+        self._q_future: QFuture = minimum_over_target_critics if q_future is None else q_future
+        self._updates_per_step = Fraction(hyperparameters.updates_per_step).limit_denominator(1_000_000)
+        interval = hyperparameters.policy_update_interval
+        # The policy's interval counted in updates: exact, also where an update takes several steps.
+        self._policy_every: int | Fraction | None = (
+            self.policy_delay
+            if interval == "auto"
+            else None
+            if interval is None
+            else interval * self._updates_per_step
+        )
+
+    # What a subclass says ----------
+
+    policy_delay: int  # updates per policy step under policy_update_interval="auto"
+    has_target_policy: bool
+    delays_targets: bool  # targets move with the policy only
+
+    def default_policy(self, observation_dim: int, bounds: ActionBounds) -> torch.nn.Module:
+        """A policy for flat observations."""
+        raise TypeError(f"{type(self).__name__} has no default policy; pass policy=")
+
+    def explore(self, state: ActorCriticState, observations: Any, key: RandomKey) -> torch.Tensor:
+        """Actions to take while learning, ``[n, *action_shape]``."""
+        return self.sample_actions(state, state.policy, observations, key)[0]
+
+    def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
+        """What the td target is made of."""
+        raise TypeError(f"{type(self).__name__} does not define next_values")
+
+    def policy_loss(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> PolicyLoss:
+        """What a policy step descends."""
+        raise TypeError(f"{type(self).__name__} does not define policy_loss")
+
+    def after_policy_step(self, state: ActorCriticState, learned: PolicyLoss) -> None:
+        """What follows a policy step."""
+
+    def finish_init(self, state: ActorCriticState) -> None:
+        """What a subclass adds to the first state."""
+
+    # The five callbacks ----------
+
+    def init(self, random_key: RandomKey, **options: Any) -> tuple[ActorCriticState, RandomKey]:
+        """The networks, their optimisers and the replay.
+
+        Options: `observation_space`, `action_space` (of one environment), `policy`, `critics`, `replay` (each
+        made where it is None) and `meta`.
+        """
+        network_key, replay_key, random_key = random_key.split(3)
+        observation_space, action_space = options["observation_space"], options["action_space"]
+        policy, critics, replay = (options.get(name) for name in ("policy", "critics", "replay"))
+        hyperparameters = self._hyperparameters
+        device = torch.device(self.config.training.device)
+        bounds = action_bounds(action_space, device, self.name)
+        if replay is None:
+            replay = make_replay(self.config, observation_space, action_space, replay_key.seed())
+        check_replay(replay, self.config)
+        with seeded_torch(network_key, device):
+            if policy is None:
+                dim = flat_dim(observation_space, "observation", "policy")
+                flat_dim(action_space, "action", "policy")
+                policy = self.default_policy(dim, bounds)
+            if critics is None:
+                critics = TwinQ(
+                    flat_dim(observation_space, "observation", "critics"),
+                    flat_dim(action_space, "action", "critics"),
+                    hyperparameters.hidden_sizes,
+                    hyperparameters.critics,
+                )
+        check_policy(policy)
+        policy, critics = policy.to(device), critics.to(device)
+        rate, policy_rate = hyperparameters.learning_rate, hyperparameters.policy_learning_rate
+        state = ActorCriticState(
+            policy=policy,
+            target_policy=frozen_copy(policy) if self.has_target_policy else None,
+            critics=critics,
+            target_critics=frozen_copy(critics),
+            optimizers={
+                "critics": adam(critics.parameters(), rate),
+                "policy": adam(policy.parameters(), rate if policy_rate is None else policy_rate),
+            },
+            replay=replay,
+            meta=options.get("meta"),
+            bounds=bounds,
+            device=device,
+            policy_takes_noise=takes_noise(policy),
+        )
+        self.finish_init(state)
+        state.engine = make_engine(self._spec(), self._update_parts(state))
+        return state, random_key
+
+    def reset(self, random_key: RandomKey, rl_state: RLState) -> tuple[ActorCriticState, RandomKey]:
+        """Nothing: an actor-critic keeps nothing of an episode."""
+        return rl_state.agent_state, random_key
+
+    def select_action(self, rl_state: RLState, iteration: int) -> tuple[Array, RLState]:
+        """Uniform random actions until `learning_starts`, the exploring policy's from then on."""
+        state: ActorCriticState = rl_state.agent_state
+        key, random_key = rl_state.random_key.split(2)
+        environment_state = rl_state.environment_state
+        if state.steps < self._hyperparameters.learning_starts:
+            actions = uniform_actions(state.bounds, len(environment_state.reward), key)
+        else:
+            with torch.no_grad():
+                actions = self.explore(state, as_tensors(environment_state.observation, state.device), key)
+        return actions.cpu().numpy(), rl_state._replace(random_key=random_key)
+
+    def record_observation(
+        self, rl_state: RLState, action: Array, reward: Array, terminated: Array, next_rl_state: RLState
+    ) -> RLState:
+        """Insert the transitions of the environments that stepped. ValueError: a reward is not finite."""
+        state: ActorCriticState = next_rl_state.agent_state
+        before, after = rl_state.environment_state, next_rl_state.environment_state
+        streams = np.flatnonzero(after.stepped)
+        rows = (before.observation, action, reward, after.final_observation, terminated, after.truncated)
+        if len(streams) < len(after.stepped):
+            rows = tuple(take_rows(row, streams) for row in rows)
+        if len(streams) > 0:
+            state.replay.insert(*rows, streams=streams)
+            state.steps += len(streams)
+        return next_rl_state
+
+    def optimize_model(self, rl_state: RLState) -> RLState:
+        """The updates, policy steps and meta steps that are due since the last call.
+
+        LossNotFiniteError at the third update in a row whose loss is not finite.
+        """
+        state: ActorCriticState = rl_state.agent_state
+        hyperparameters = self._hyperparameters
+        before, state.learned_steps = state.learned_steps, state.steps
+        if state.steps <= hyperparameters.learning_starts:
+            return rl_state
+        random_key = rl_state.random_key
+        first = math.floor(max(before, hyperparameters.learning_starts) * self._updates_per_step)
+        last = math.floor(state.steps * self._updates_per_step)
+        for index in range(first, last):
+            update_key, random_key = random_key.split(2)
+            policy_steps = crossings(self._policy_every, index, index + 1)
+            count_update(state, state.engine.update(update_key, policy_steps), policy_steps)
+        if state.meta is not None and state.last_update is not None:
+            for _ in range(crossings(hyperparameters.meta_update_interval, before, state.steps)):
+                state.meta.update_meta_learning_model(
+                    state.last_update.batch.observations, state.last_update.q
+                )
+        return rl_state._replace(random_key=random_key)
+
+    # Helpers ----------
+
+    def sample_actions(
+        self,
+        state: ActorCriticState,
+        policy: torch.nn.Module,
+        observations: Any,
+        key: RandomKey,
+        deterministic: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The policy's actions and log-probabilities; what is random in them comes from the key."""
+        if not state.policy_takes_noise:
+            with seeded_torch(key, state.device):
+                return policy.sample_actions(observations, deterministic)  # type: ignore[operator, no-any-return]
+        noise = None
+        if not deterministic:
+            noise = key.normal(rows_of(observations), *state.bounds.shape).to(state.device)
+        return policy.sample_actions(  # type: ignore[operator, no-any-return]
+            observations, deterministic, noise=noise
+        )
+
+    def future_q(self, state: ActorCriticState, batch: Batch, next_actions: torch.Tensor) -> torch.Tensor:
+        """`q_future` at the batch's next observations, ``[critics, batch]``."""
+        q = self._q_future(state.target_critics, batch.next_observations, next_actions)
+        if q.shape[-1:] != batch.rewards.shape or q.dim() > 2:
+            size = len(batch.rewards)
+            raise ValueError(f"q_future gave shape {list(q.shape)}; it must be [{size}] or [critics, {size}]")
+        return q.unsqueeze(0) if q.dim() == 1 else q
+
+    def _spec(self) -> UpdateSpec:
+        hyperparameters = self._hyperparameters
+        return UpdateSpec(
+            batch_size=hyperparameters.batch_size,
+            tau=hyperparameters.tau,
+            huber_delta=hyperparameters.huber_delta,
+            max_gradient_norm=hyperparameters.max_gradient_norm,
+            policy_batch=hyperparameters.policy_batch,
+            prioritized=hyperparameters.replay == "prioritized",
+            targets_follow="policy" if self.delays_targets and self._policy_every is not None else "update",
+        )
+
+    def _update_parts(self, state: ActorCriticState) -> Update:
+        targets = [(state.target_critics, state.critics)]
+        if state.target_policy is not None:
+            targets.append((state.target_policy, state.policy))
+        return Update(
+            replay=state.replay,
+            critics=state.critics,
+            targets=tuple(targets),
+            critics_optimizer=state.optimizers["critics"],
+            policy_optimizer=state.optimizers["policy"],
+            next_values=lambda batch, key: self.next_values(state, batch, key),
+            policy_loss=lambda batch, key: self.policy_loss(state, batch, key),
+            after_policy_step=lambda learned: self.after_policy_step(state, learned),
+            device=state.device,
+        )
+
+
+def minimum_over_target_critics(
+    target_critics: torch.nn.Module, next_observations: Any, next_actions: torch.Tensor
+) -> torch.Tensor:
+    """The default `q_future`: every target critic's value; the target takes their minimum."""
+    q: torch.Tensor = target_critics(next_observations, next_actions)
+    return q
+
+
+def count_update(state: ActorCriticState, result: UpdateResult, policy_steps: int) -> None:
+    """Count an update, taken or skipped. LossNotFiniteError at the third skip in a row."""
+    if result.finite:
+        state.updates += 1
+        state.policy_updates += policy_steps
+        state.skipped_in_a_row = 0
+        state.last_update = result
+        return
+    state.skipped_updates += 1
+    state.skipped_in_a_row += 1
+    if state.skipped_in_a_row > SKIPS_ALLOWED:
+        which = "critic loss" if result.policy_loss is None else "policy loss"
+        value = float(result.critic_loss if result.policy_loss is None else result.policy_loss)
+        raise LossNotFiniteError(f"the {which} is {value} in {state.skipped_in_a_row} updates in a row")
+
+
+def make_replay(
+    config: AgentConfig,
+    observation_space: gymnasium.Space[Any],
+    action_space: gymnasium.Space[Any],
+    seed: int,
+) -> ReplayBuffer | PrioritizedReplayBuffer:
+    """The replay that the config asks for."""
+    hyperparameters = config.hyperparameters
+    if hyperparameters.replay == "uniform":
+        return ReplayBuffer(
+            hyperparameters.replay_capacity,
+            observation_space=observation_space,
+            action_space=action_space,
+            discount=hyperparameters.discount,
+            seed=seed,
+        )
+    return PrioritizedReplayBuffer(
+        hyperparameters.replay_capacity,
+        observation_space=observation_space,
+        action_space=action_space,
+        priority_exponent=hyperparameters.priority_exponent,
+        importance_exponent=hyperparameters.importance_exponent,
+        priority_epsilon=hyperparameters.priority_epsilon,
+        discount=hyperparameters.discount,
+        seed=seed,
+    )
+
+
+def check_replay(replay: Any, config: AgentConfig) -> None:
+    """ValueError where a replay contradicts the config, naming both values."""
+    hyperparameters = config.hyperparameters
+    if replay.discount != hyperparameters.discount:
+        raise ValueError(
+            f"replay has discount {replay.discount}, the config {hyperparameters.discount}; they must agree"
+        )
+    kind = "prioritized" if hasattr(replay, "update_priorities") else "uniform"
+    if kind != hyperparameters.replay:
+        raise ValueError(f"replay is {kind} and the config says {hyperparameters.replay!r}; they must agree")
+
+
+def check_policy(policy: torch.nn.Module) -> None:
+    """TypeError where an object cannot serve as a policy."""
+    if not isinstance(policy, torch.nn.Module) or not callable(getattr(policy, "sample_actions", None)):
+        raise TypeError(
+            f"policy is a {type(policy).__name__}; it must be a PolicyModel (with sample_actions)"
+        )
+
+
+def flat_dim(space: gymnasium.Space[Any], what: str, model: str) -> int:
+    """The length of a flat Box's vectors. ValueError for other spaces, which need the user's own networks."""
+    if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1:
+        return int(space.shape[0])
+    raise ValueError(
+        f"{what}_space is {space}; the default {model} takes flat Box {what}s only "
+        f"(wrap the environment to flatten them, or pass {model}=)"
+    )
+
+
+def frozen_copy(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy for targets: equal, apart in memory, without gradients."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+def adam(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
+    """Adam (Kingma and Ba 2015, arXiv:1412.6980) in its fused form, the fastest there is on CPU and CUDA."""
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    return torch.optim.Adam(parameters, lr=learning_rate, fused=fused)
+
+
+def as_tensors(observations: Any, device: torch.device) -> Any:
+    """NumPy observations as tensors on a device, without a copy where possible; float64 becomes float32."""
+    if isinstance(observations, dict):
+        return {name: as_tensors(value, device) for name, value in observations.items()}
+    if isinstance(observations, tuple):
+        return tuple(as_tensors(value, device) for value in observations)
+    tensor = torch.as_tensor(observations)
+    return tensor.to(device, torch.float32 if tensor.dtype == torch.float64 else tensor.dtype)
+
+
+def rows_of(observations: Any) -> int:
+    """The length of the leading axis of a tensor or a nest of tensors."""
+    while isinstance(observations, dict | tuple):
+        values = observations.values() if isinstance(observations, dict) else observations
+        observations = next(iter(values))
+    return len(observations)
+
+
+def take_rows(rows: Any, indices: Array) -> Any:
+    """Some rows of an array or of a nest of arrays."""
+    if isinstance(rows, dict):
+        return {name: take_rows(value, indices) for name, value in rows.items()}
+    if isinstance(rows, tuple):
+        return tuple(take_rows(value, indices) for value in rows)
+    return rows[indices]

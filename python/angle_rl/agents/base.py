@@ -1,0 +1,51 @@
+"""What an agent is: five callbacks over one state object."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, Protocol, runtime_checkable
+
+from angle_rl.types import Array, RandomKey, RLState
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """Five callbacks. The runner calls them in this order and hands each what the one before returned.
+
+    All arrays have a leading axis over the ``n`` environments. An agent may change `rl_state.agent_state` in
+    place; whoever wants an old one copies it first. One thread at a time.
+    """
+
+    def init(self, random_key: RandomKey, **options: Any) -> tuple[Any, RandomKey]:
+        """The agent's first state. Called once, with the runner's options (spaces, networks, replay)."""
+        ...
+
+    def reset(self, random_key: RandomKey, rl_state: RLState) -> tuple[Any, RandomKey]:
+        """The agent's state at the start of an episode: once before the first step, then after each end.
+
+        `rl_state.episode` is still the number of the episode that ended; the first call sees what the feed
+        began with.
+        """
+        ...
+
+    def select_action(self, rl_state: RLState, iteration: int) -> tuple[Array, RLState]:
+        """The next actions ``[n, *action_shape]``, answering `rl_state.environment_state.observation`."""
+        ...
+
+    def record_observation(
+        self, rl_state: RLState, action: Array, reward: Array, terminated: Array, next_rl_state: RLState
+    ) -> RLState:
+        """Take in what the actions led to; returns `next_rl_state` with the agent's new state."""
+        ...
+
+    def optimize_model(self, rl_state: RLState) -> RLState:
+        """Learn, if it is time to. Called after every step; the agent decides."""
+        ...
+
+
+def crossings(interval: int | Fraction | None, before: int, after: int) -> int:
+    """How often an interval fires on the way from `before` to `after`: the multiples in ``(before, after]``.
+
+    None never fires. Exact for fractions.
+    """
+    return 0 if interval is None else int(after // interval - before // interval)

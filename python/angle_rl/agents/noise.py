@@ -1,0 +1,77 @@
+"""Where an agent's random numbers come from: a RandomKey each time, never a global generator."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import gymnasium
+import numpy as np
+import torch
+
+from angle_rl.types import RandomKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionBounds:
+    """The bounds of a continuous action space on a device, float32 ``[*action_shape]``."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+    half_range: torch.Tensor  # (high - low) / 2, the unit of TD3's noises
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of one action."""
+        return self.low.shape
+
+
+def action_bounds(space: gymnasium.Space[object], device: torch.device, agent: str) -> ActionBounds:
+    """The bounds of `space`. ValueError where the actions are not continuous and bounded."""
+    if not isinstance(space, gymnasium.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+        raise ValueError(f"action_space is {space}; {agent} needs continuous actions (a Box of floats)")
+    if not space.is_bounded():
+        raise ValueError(
+            f"action_space is {space}; {agent} needs finite bounds (see RescaleAction, ClipAction)"
+        )
+    low = torch.as_tensor(space.low, dtype=torch.float32, device=device)
+    high = torch.as_tensor(space.high, dtype=torch.float32, device=device)
+    if not bool((low < high).all()):
+        raise ValueError(f"action_space is {space}; every low bound must be less than its high bound")
+    return ActionBounds(low=low, high=high, half_range=(high - low) / 2)
+
+
+def uniform_actions(bounds: ActionBounds, n: int, key: RandomKey) -> torch.Tensor:
+    """``[n, *action_shape]`` float32 actions, uniform within the bounds."""
+    share = key.uniform(n, *bounds.shape).to(bounds.low.device, torch.float32)
+    return torch.lerp(bounds.low, bounds.high, share)
+
+
+def noisy_actions(
+    actions: torch.Tensor, bounds: ActionBounds, key: RandomKey, *, scale: float, clip: float | None = None
+) -> torch.Tensor:
+    """Actions with normal noise of `scale` half ranges, itself clipped to `clip` half ranges, within the bounds.
+
+    Target policy smoothing of Fujimoto et al. 2018 (arXiv:1802.09477), eq. 14, in halves of the action range.
+    """
+    noise = key.normal(*actions.shape).to(actions.device) * scale
+    if clip is not None:
+        noise = noise.clamp_(-clip, clip)
+    return torch.clamp(actions + noise * bounds.half_range, bounds.low, bounds.high)
+
+
+def takes_noise(policy: torch.nn.Module) -> bool:
+    """Whether the policy's `sample_actions` takes its normals as `noise=`."""
+    parameters = inspect.signature(policy.sample_actions).parameters  # type: ignore[arg-type]
+    return "noise" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+@contextmanager
+def seeded_torch(key: RandomKey, device: torch.device) -> Iterator[None]:
+    """Torch's global generators seeded from the key inside, and as they were afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(key.seed())
+        yield

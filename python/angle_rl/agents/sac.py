@@ -1,0 +1,81 @@
+"""Soft actor-critic (Haarnoja et al. 2018, arXiv:1812.05905)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from angle_rl.agents.actor_critic import ActorCritic, ActorCriticState, adam
+from angle_rl.agents.noise import ActionBounds
+from angle_rl.engines import NextValues, PolicyLoss
+from angle_rl.models import SquashedGaussianPolicy
+from angle_rl.types import Batch, RandomKey
+
+
+class SAC(ActorCritic):
+    """SAC: a stochastic policy, the entropy in the value, its coefficient learned or fixed."""
+
+    name = "SAC"
+    policy_delay = 1
+    has_target_policy = False
+    delays_targets = False
+
+    def default_policy(self, observation_dim: int, bounds: ActionBounds) -> torch.nn.Module:
+        """A squashed Gaussian."""
+        return SquashedGaussianPolicy(
+            observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes
+        )
+
+    def finish_init(self, state: ActorCriticState) -> None:
+        """The entropy coefficient: a parameter and its optimiser if learned, otherwise a constant."""
+        hyperparameters = self._hyperparameters
+        coefficient = hyperparameters.entropy_coefficient
+        if not isinstance(coefficient, str):
+            state.entropy_coefficient = torch.tensor(coefficient, device=state.device)
+            return
+        state.log_entropy_coefficient = torch.zeros((), device=state.device, requires_grad=True)
+        state.entropy_coefficient = torch.ones((), device=state.device)
+        rate = hyperparameters.entropy_learning_rate
+        state.optimizers["entropy_coefficient"] = adam(
+            [state.log_entropy_coefficient], hyperparameters.learning_rate if rate is None else rate
+        )
+
+    def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
+        """The soft value of the next observations, equation 3: min Q(s', a') - alpha log pi(a'|s')."""
+        next_actions, log_prob = self.sample_actions(state, state.policy, batch.next_observations, key)
+        return NextValues(
+            self.future_q(state, batch, next_actions),
+            _required(log_prob),
+            _required(state.entropy_coefficient),
+        )
+
+    def policy_loss(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> PolicyLoss:
+        """Equation 9: mean of alpha log pi(a|s) - min Q(s, a), with a from the policy."""
+        actions, log_prob = self.sample_actions(state, state.policy, batch.observations, key)
+        log_prob = _required(log_prob)
+        q = state.critics(batch.observations, actions)
+        smallest = torch.minimum(q[0], q[1]) if len(q) == 2 else q.min(0).values
+        return PolicyLoss((state.entropy_coefficient * log_prob - smallest).mean(), log_prob)
+
+    def after_policy_step(self, state: ActorCriticState, learned: PolicyLoss) -> None:
+        """Equation 18 in the coefficient's logarithm, on the log-probabilities of the policy's own loss.
+
+        The loss is -log(alpha) * mean(log pi + target entropy): its gradient needs no backward pass.
+        """
+        log_coefficient = state.log_entropy_coefficient
+        if log_coefficient is None:
+            return
+        target = self._hyperparameters.target_entropy
+        target = -float(math.prod(state.bounds.shape)) if target is None else target
+        log_coefficient.grad = -(_required(learned.log_prob).detach().mean() + target)
+        state.optimizers["entropy_coefficient"].step()
+        state.entropy_coefficient = log_coefficient.detach().exp()
+
+
+def _required(tensor: torch.Tensor | None) -> torch.Tensor:
+    if tensor is None:
+        raise TypeError(
+            "policy gave no log_prob; SAC needs a stochastic policy whose sample_actions gives one"
+        )
+    return tensor

@@ -1,0 +1,56 @@
+"""Twin delayed deep deterministic policy gradient (Fujimoto et al. 2018, arXiv:1802.09477)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from angle_rl.agents.actor_critic import ActorCritic, ActorCriticState
+from angle_rl.agents.noise import ActionBounds, noisy_actions
+from angle_rl.engines import NextValues, PolicyLoss
+from angle_rl.models import DeterministicPolicy
+from angle_rl.types import Batch, RandomKey
+
+
+class TD3(ActorCritic):
+    """TD3: a deterministic policy that is updated late, and smoothed targets that move with it."""
+
+    name = "TD3"
+    policy_delay = 2
+    has_target_policy = True
+    delays_targets = True
+
+    def default_policy(self, observation_dim: int, bounds: ActionBounds) -> torch.nn.Module:
+        """A deterministic policy."""
+        return DeterministicPolicy(
+            observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes
+        )
+
+    def explore(self, state: ActorCriticState, observations: Any, key: RandomKey) -> torch.Tensor:
+        """The policy's actions with exploration noise."""
+        policy_key, noise_key = key.split(2)
+        actions, _ = self.sample_actions(state, state.policy, observations, policy_key, deterministic=True)
+        return noisy_actions(actions, state.bounds, noise_key, scale=self._hyperparameters.exploration_noise)
+
+    def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
+        """The target critics at the target policy's actions with clipped noise, algorithm 1."""
+        policy_key, noise_key = key.split(2)
+        policy = state.policy if state.target_policy is None else state.target_policy
+        actions, _ = self.sample_actions(
+            state, policy, batch.next_observations, policy_key, deterministic=True
+        )
+        actions = noisy_actions(
+            actions,
+            state.bounds,
+            noise_key,
+            scale=self._hyperparameters.target_noise,
+            clip=self._hyperparameters.target_noise_clip,
+        )
+        return NextValues(self.future_q(state, batch, actions), None, 0.0)
+
+    def policy_loss(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> PolicyLoss:
+        """The deterministic policy gradient through the first critic: -mean Q1(s, pi(s))."""
+        actions, _ = self.sample_actions(state, state.policy, batch.observations, key, deterministic=True)
+        q = state.critics(batch.observations, actions)
+        return PolicyLoss(-q[0].mean(), None)

@@ -1,0 +1,99 @@
+"""The reference engine: one update in eager torch, for any networks on any device."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from angle_rl import ops
+from angle_rl.engines import PolicyLoss, Update, UpdateResult
+from angle_rl.types import Batch, RandomKey, UpdateSpec
+
+
+class TorchEngine:
+    """Executes updates with autograd. One thread at a time; its randomness is the key's and the replay's."""
+
+    name = "torch"
+
+    def __init__(self, spec: UpdateSpec, update: Update) -> None:
+        self._spec = spec
+        self._update = update
+        self._critic_parameters = [p for p in update.critics.parameters() if p.requires_grad]
+        self._targets = [p.detach() for target, _ in update.targets for p in target.parameters()]
+        self._online = [p.detach() for _, online in update.targets for p in online.parameters()]
+        self._target_buffers = [b for target, _ in update.targets for b in target.buffers()]
+        self._online_buffers = [b for _, online in update.targets for b in online.buffers()]
+        self._sample_device = None if update.device.type == "cpu" else update.device
+
+    def update(self, random_key: RandomKey, policy_steps: int) -> UpdateResult:
+        """One critic step, `policy_steps` policy steps, and the targets' update where it is due.
+
+        A loss that is NaN or infinite changes nothing: no step, no new priorities, no target update.
+        """
+        spec, update = self._spec, self._update
+        target_key, *policy_keys = random_key.split(1 + policy_steps)
+
+        batch = self._sample()
+        with torch.no_grad():
+            future = update.next_values(batch, target_key)
+            td_target = ops.twin_q_target(batch.rewards, batch.discounts, *future)
+        q = update.critics(batch.observations, batch.actions)
+        weights = batch.importance_weights if spec.prioritized else None
+        critic_loss, td_error = ops.twin_q_loss(q, td_target, weights, huber_delta=spec.huber_delta)
+        result = UpdateResult(
+            finite=_is_finite(critic_loss),
+            batch=batch,
+            q=q.detach(),
+            critic_loss=critic_loss.detach(),
+            policy_loss=None,
+            log_prob=None,
+        )
+        if not result.finite:
+            return result
+        self._descend(critic_loss, update.critics_optimizer)
+        if spec.prioritized:
+            update.replay.update_priorities(batch.handles, td_error)
+
+        for key in policy_keys:
+            learned = self._policy_step(batch if spec.policy_batch == "critic" else self._sample(), key)
+            log_prob = None if learned.log_prob is None else learned.log_prob.detach()
+            result = result._replace(policy_loss=learned.loss.detach(), log_prob=log_prob)
+            if not _is_finite(learned.loss):
+                return result._replace(finite=False)
+            update.after_policy_step(learned)
+
+        if policy_steps > 0 or spec.targets_follow == "update":
+            ops.update_targets(self._targets, self._online, spec.tau)
+            for target, online in zip(self._target_buffers, self._online_buffers, strict=True):
+                target.copy_(online)  # running statistics and constants: taken over, not averaged
+        return result
+
+    def _sample(self) -> Batch:
+        batch: Batch = self._update.replay.sample(self._spec.batch_size, device=self._sample_device)
+        return batch
+
+    def _policy_step(self, batch: Batch, key: RandomKey) -> PolicyLoss:
+        """One step of the policy, through critics whose own gradients are neither computed nor touched."""
+        for parameter in self._critic_parameters:
+            parameter.requires_grad_(False)
+        try:
+            learned = self._update.policy_loss(batch, key)
+            if _is_finite(learned.loss):
+                self._descend(learned.loss, self._update.policy_optimizer)
+        finally:
+            for parameter in self._critic_parameters:
+                parameter.requires_grad_(True)
+        return learned
+
+    def _descend(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self._spec.max_gradient_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self._spec.max_gradient_norm)
+        optimizer.step()
+
+
+def _is_finite(loss: torch.Tensor) -> bool:
+    return math.isfinite(loss.item())
