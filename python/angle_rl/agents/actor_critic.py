@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -15,50 +14,15 @@ import torch
 
 from angle_rl.agents.base import crossings
 from angle_rl.agents.noise import ActionBounds, action_bounds, seeded_torch, takes_noise, uniform_actions
+from angle_rl.agents.state import ActorCriticState, count_update
 from angle_rl.config import AgentConfig
-from angle_rl.engines import Engine, NextValues, PolicyLoss, Update, UpdateResult, make_engine
+from angle_rl.engines import NextValues, PolicyLoss, Update, make_engine
 from angle_rl.models import TwinQ
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
 from angle_rl.types import Array, Batch, RandomKey, RLState, UpdateSpec
 
 QFuture = Callable[[torch.nn.Module, Any, torch.Tensor], torch.Tensor]
 """``f(target_critics, next_observations, next_actions)`` -> ``[batch]``, or ``[critics, batch]`` (minimum)"""
-
-SKIPS_ALLOWED = 2
-
-
-class LossNotFiniteError(ArithmeticError):
-    """The third update in a row had a NaN or infinite loss."""
-
-
-@dataclass(kw_only=True)
-class ActorCriticState:
-    """All that an actor-critic learns and counts. Changed in place by its agent."""
-
-    policy: torch.nn.Module
-    target_policy: torch.nn.Module | None  # None: the target's actions come from the policy itself
-    critics: torch.nn.Module
-    target_critics: torch.nn.Module
-    optimizers: dict[
-        str, torch.optim.Optimizer
-    ]  # "critics", "policy", and SAC's "entropy_coefficient" if learned
-    replay: Any  # ReplayBuffer or PrioritizedReplayBuffer
-    meta: Any  # has update_meta_learning_model(states, q); None: no meta step
-    bounds: ActionBounds
-    device: torch.device
-    policy_takes_noise: bool
-    log_entropy_coefficient: torch.Tensor | None = (
-        None  # scalar, SAC's parameter; None: fixed, or no entropy term
-    )
-    entropy_coefficient: torch.Tensor | None = None  # scalar, its exponential, without gradient
-    steps: int = 0  # transitions recorded
-    learned_steps: int = 0  # what `steps` was when optimize_model last ran
-    updates: int = 0  # updates taken
-    policy_updates: int = 0  # policy steps taken
-    skipped_updates: int = 0  # updates left out for a loss that was not finite
-    skipped_in_a_row: int = 0
-    last_update: UpdateResult | None = None  # the newest update's batch, values and losses
-    engine: Engine = field(init=False)
 
 
 class ActorCritic:
@@ -283,22 +247,6 @@ def minimum_over_target_critics(
     """The default `q_future`: every target critic's value; the target takes their minimum."""
     q: torch.Tensor = target_critics(next_observations, next_actions)
     return q
-
-
-def count_update(state: ActorCriticState, result: UpdateResult, policy_steps: int) -> None:
-    """Count an update, taken or skipped. LossNotFiniteError at the third skip in a row."""
-    if result.finite:
-        state.updates += 1
-        state.policy_updates += policy_steps
-        state.skipped_in_a_row = 0
-        state.last_update = result
-        return
-    state.skipped_updates += 1
-    state.skipped_in_a_row += 1
-    if state.skipped_in_a_row > SKIPS_ALLOWED:
-        which = "critic loss" if result.policy_loss is None else "policy loss"
-        value = float(result.critic_loss if result.policy_loss is None else result.policy_loss)
-        raise LossNotFiniteError(f"the {which} is {value} in {state.skipped_in_a_row} updates in a row")
 
 
 def make_replay(
