@@ -100,7 +100,7 @@ configs = st.builds(
         evaluation_interval=st.sampled_from([None, 5]),
         seed=st.integers(0, 2**63 - 1),
     ),
-    service=st.builds(Service, run_folder=st.none() | st.text(), tensorboard=st.booleans()),
+    service=st.builds(Service, run_folder=st.text(), tensorboard=st.booleans()),
 )
 
 

@@ -117,12 +117,12 @@ class Training:
 class Service:
     """What a run leaves behind and shows."""
 
-    run_folder: str | None = None  # where the run is kept; None: runs/<environment>-<agent>-<seed>
-    tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
+    run_folder: str = "runs"  # the run is kept in a folder of its own in here, <environment>-<agent>-<seed>
+    tensorboard: bool = True  # write TensorBoard events, besides metrics.jsonl
     progress: bool = True  # draw a progress bar where the output is a terminal
     log_interval: Count = 500  # environment steps between lines of metrics
     checkpoint_interval: Count | None = 5_000  # environment steps between checkpoints; None: only the last
-    keep_checkpoints: Count = 1  # newest checkpoints kept, besides the best
+    keep_checkpoints: Count = 2  # newest checkpoints kept, besides the best
 
     def __post_init__(self) -> None:
         _check_fields(self)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from angle_rl.agents.base import crossings
-from angle_rl.agents.noise import ActionBounds, action_bounds, seeded_torch, takes_noise, uniform_actions
+from angle_rl.agents.noise import ActionBounds, action_bounds, policy_actions, seeded_torch, uniform_actions
 from angle_rl.agents.state import ActorCriticState, count_update
 from angle_rl.config import AgentConfig
 from angle_rl.engines import NextValues, PolicyLoss, Update, make_engine
@@ -59,9 +59,9 @@ class ActorCritic:
         """A policy for flat observations."""
         raise TypeError(f"{type(self).__name__} has no default policy; pass policy=")
 
-    def explore(self, state: ActorCriticState, observations: Any, key: RandomKey) -> torch.Tensor:
+    def explore(self, state: ActorCriticState, observations: Any, n: int, key: RandomKey) -> torch.Tensor:
         """Actions to take while learning, ``[n, *action_shape]``."""
-        return self.sample_actions(state, state.policy, observations, key)[0]
+        return policy_actions(state.policy, observations, (n, *state.bounds.shape), key)[0]
 
     def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
         """What the td target is made of."""
@@ -122,7 +122,6 @@ class ActorCritic:
             meta=options.get("meta"),
             bounds=bounds,
             device=device,
-            policy_takes_noise=takes_noise(policy),
         )
         self.finish_init(state)
         state.engine = make_engine(self._spec(), self._update_parts(state))
@@ -136,12 +135,12 @@ class ActorCritic:
         """Uniform random actions until `learning_starts`, the exploring policy's from then on."""
         state: ActorCriticState = rl_state.agent_state
         key, random_key = rl_state.random_key.split(2)
-        environment_state = rl_state.environment_state
+        observations, n = rl_state.environment_state.observation, len(rl_state.environment_state.reward)
         if state.steps < self._hyperparameters.learning_starts:
-            actions = uniform_actions(state.bounds, len(environment_state.reward), key)
+            actions = uniform_actions(state.bounds, n, key)
         else:
             with torch.no_grad():
-                actions = self.explore(state, as_tensors(environment_state.observation, state.device), key)
+                actions = self.explore(state, as_tensors(observations, state.device), n, key)
         return actions.cpu().numpy(), rl_state._replace(random_key=random_key)
 
     def record_observation(
@@ -184,25 +183,6 @@ class ActorCritic:
         return rl_state._replace(random_key=random_key)
 
     # Helpers ----------
-
-    def sample_actions(
-        self,
-        state: ActorCriticState,
-        policy: torch.nn.Module,
-        observations: Any,
-        key: RandomKey,
-        deterministic: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The policy's actions and log-probabilities; what is random in them comes from the key."""
-        if not state.policy_takes_noise:
-            with seeded_torch(key, state.device):
-                return policy.sample_actions(observations, deterministic)  # type: ignore[operator, no-any-return]
-        noise = None
-        if not deterministic:
-            noise = key.normal(rows_of(observations), *state.bounds.shape).to(state.device)
-        return policy.sample_actions(  # type: ignore[operator, no-any-return]
-            observations, deterministic, noise=noise
-        )
 
     def future_q(self, state: ActorCriticState, batch: Batch, next_actions: torch.Tensor) -> torch.Tensor:
         """`q_future` at the batch's next observations, ``[critics, batch]``."""
@@ -327,14 +307,6 @@ def as_tensors(observations: Any, device: torch.device) -> Any:
         return tuple(as_tensors(value, device) for value in observations)
     tensor = torch.as_tensor(observations)
     return tensor.to(device, torch.float32 if tensor.dtype == torch.float64 else tensor.dtype)
-
-
-def rows_of(observations: Any) -> int:
-    """The length of the leading axis of a tensor or a nest of tensors."""
-    while isinstance(observations, dict | tuple):
-        values = observations.values() if isinstance(observations, dict) else observations
-        observations = next(iter(values))
-    return len(observations)
 
 
 def take_rows(rows: Any, indices: Array) -> Any:

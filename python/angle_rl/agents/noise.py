@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -52,7 +54,7 @@ def uniform_actions(bounds: ActionBounds, n: int, key: RandomKey) -> torch.Tenso
 def noisy_actions(
     actions: torch.Tensor, bounds: ActionBounds, key: RandomKey, *, scale: float, clip: float | None = None
 ) -> torch.Tensor:
-    """Actions with normal noise of `scale` half ranges, itself clipped to `clip` half ranges, within the bounds.
+    """Actions, within the bounds, with normal noise of `scale` half ranges clipped to `clip` half ranges.
 
     Target policy smoothing of Fujimoto et al. 2018 (arXiv:1802.09477), eq. 14, in halves of the action range.
     """
@@ -62,10 +64,39 @@ def noisy_actions(
     return torch.clamp(actions + noise * bounds.half_range, bounds.low, bounds.high)
 
 
-def takes_noise(policy: torch.nn.Module) -> bool:
-    """Whether the policy's `sample_actions` takes its normals as `noise=`."""
-    parameters = inspect.signature(policy.sample_actions).parameters  # type: ignore[arg-type]
+def policy_actions(
+    policy: Any,
+    observations: Any,
+    noise_shape: tuple[int, ...],
+    key: RandomKey,
+    *,
+    deterministic: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The policy's actions and log-probabilities; what is random in them comes from the key.
+
+    A `sample_actions` that takes `noise` gets standard normals ``[*noise_shape]``; another runs under torch's
+    generators seeded from the key, which are as they were afterwards.
+    """
+    actions: tuple[torch.Tensor, torch.Tensor | None]
+    if not takes_noise(type(policy).sample_actions):
+        with seeded_torch(key, _device_of(policy)):
+            actions = policy.sample_actions(observations, deterministic)
+        return actions
+    noise = None if deterministic else key.normal(*noise_shape).to(_device_of(policy))
+    actions = policy.sample_actions(observations, deterministic, noise=noise)
+    return actions
+
+
+@cache
+def takes_noise(sample_actions: Callable[..., Any]) -> bool:
+    """Whether a policy's `sample_actions` takes its normals as `noise=`."""
+    parameters = inspect.signature(sample_actions).parameters
     return "noise" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _device_of(policy: torch.nn.Module) -> torch.device:
+    parameter = next(policy.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from angle_rl.agents.actor_critic import ActorCritic, ActorCriticState, adam
-from angle_rl.agents.noise import ActionBounds
+from angle_rl.agents.actor_critic import ActorCritic, adam
+from angle_rl.agents.noise import ActionBounds, policy_actions
+from angle_rl.agents.state import ActorCriticState
 from angle_rl.engines import NextValues, PolicyLoss
 from angle_rl.models import SquashedGaussianPolicy
 from angle_rl.types import Batch, RandomKey
@@ -43,7 +44,9 @@ class SAC(ActorCritic):
 
     def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
         """The soft value of the next observations, equation 3: min Q(s', a') - alpha log pi(a'|s')."""
-        next_actions, log_prob = self.sample_actions(state, state.policy, batch.next_observations, key)
+        next_actions, log_prob = policy_actions(
+            state.policy, batch.next_observations, (len(batch.rewards), *state.bounds.shape), key
+        )
         return NextValues(
             self.future_q(state, batch, next_actions),
             _required(log_prob),
@@ -52,11 +55,13 @@ class SAC(ActorCritic):
 
     def policy_loss(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> PolicyLoss:
         """Equation 9: mean of alpha log pi(a|s) - min Q(s, a), with a from the policy."""
-        actions, log_prob = self.sample_actions(state, state.policy, batch.observations, key)
+        actions, log_prob = policy_actions(
+            state.policy, batch.observations, (len(batch.rewards), *state.bounds.shape), key
+        )
         log_prob = _required(log_prob)
         q = state.critics(batch.observations, actions)
         smallest = torch.minimum(q[0], q[1]) if len(q) == 2 else q.min(0).values
-        return PolicyLoss((state.entropy_coefficient * log_prob - smallest).mean(), log_prob)
+        return PolicyLoss((_required(state.entropy_coefficient) * log_prob - smallest).mean(), log_prob)
 
     def after_policy_step(self, state: ActorCriticState, learned: PolicyLoss) -> None:
         """Equation 18 in the coefficient's logarithm, on the log-probabilities of the policy's own loss.

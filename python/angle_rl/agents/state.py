@@ -32,7 +32,6 @@ class ActorCriticState:
     meta: Any  # has update_meta_learning_model(states, q); None: no meta step
     bounds: ActionBounds
     device: torch.device
-    policy_takes_noise: bool
     log_entropy_coefficient: torch.Tensor | None = (
         None  # scalar, SAC's parameter; None: fixed, or no entropy term
     )
@@ -85,7 +84,7 @@ def export_state(state: ActorCriticState) -> tuple[dict[str, torch.Tensor], dict
 
 
 def import_state(state: ActorCriticState, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-    """Put back what `export_state` gave. ValueError where it does not fit these networks; nothing changes then."""
+    """Put back what `export_state` gave. ValueError where it does not fit, and nothing changes then."""
     own = _own_tensors(state)
     for name, tensor in own.items():
         if name not in tensors:
@@ -119,7 +118,7 @@ def import_state(state: ActorCriticState, tensors: dict[str, torch.Tensor], valu
 
 def _own_tensors(state: ActorCriticState) -> dict[str, torch.Tensor]:
     """The networks' tensors and the entropy coefficient's, by name, sharing memory with the state."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in ("policy", "target_policy", "critics", "target_critics"):
         network = getattr(state, name)
         if network is not None:

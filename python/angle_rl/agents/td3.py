@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from angle_rl.agents.actor_critic import ActorCritic, ActorCriticState
-from angle_rl.agents.noise import ActionBounds, noisy_actions
+from angle_rl.agents.actor_critic import ActorCritic
+from angle_rl.agents.noise import ActionBounds, noisy_actions, policy_actions
+from angle_rl.agents.state import ActorCriticState
 from angle_rl.engines import NextValues, PolicyLoss
 from angle_rl.models import DeterministicPolicy
 from angle_rl.types import Batch, RandomKey
@@ -27,19 +28,20 @@ class TD3(ActorCritic):
             observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes
         )
 
-    def explore(self, state: ActorCriticState, observations: Any, key: RandomKey) -> torch.Tensor:
+    def explore(self, state: ActorCriticState, observations: Any, n: int, key: RandomKey) -> torch.Tensor:
         """The policy's actions with exploration noise."""
         policy_key, noise_key = key.split(2)
-        actions, _ = self.sample_actions(state, state.policy, observations, policy_key, deterministic=True)
+        actions, _ = policy_actions(
+            state.policy, observations, (n, *state.bounds.shape), policy_key, deterministic=True
+        )
         return noisy_actions(actions, state.bounds, noise_key, scale=self._hyperparameters.exploration_noise)
 
     def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
         """The target critics at the target policy's actions with clipped noise, algorithm 1."""
         policy_key, noise_key = key.split(2)
         policy = state.policy if state.target_policy is None else state.target_policy
-        actions, _ = self.sample_actions(
-            state, policy, batch.next_observations, policy_key, deterministic=True
-        )
+        shape = (len(batch.rewards), *state.bounds.shape)
+        actions, _ = policy_actions(policy, batch.next_observations, shape, policy_key, deterministic=True)
         actions = noisy_actions(
             actions,
             state.bounds,
@@ -51,6 +53,7 @@ class TD3(ActorCritic):
 
     def policy_loss(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> PolicyLoss:
         """The deterministic policy gradient through the first critic: -mean Q1(s, pi(s))."""
-        actions, _ = self.sample_actions(state, state.policy, batch.observations, key, deterministic=True)
+        shape = (len(batch.rewards), *state.bounds.shape)
+        actions, _ = policy_actions(state.policy, batch.observations, shape, key, deterministic=True)
         q = state.critics(batch.observations, actions)
         return PolicyLoss(-q[0].mean(), None)
