@@ -152,7 +152,7 @@ def test_every_field_has_a_comment_and_every_number_a_range():
         source = inspect.getsource(part).splitlines()
         for entry in dataclasses.fields(part):
             line = next(i for i, text in enumerate(source) if text.strip().startswith(f"{entry.name}:"))
-            assert "  # " in source[line] or source[line + 1].strip().startswith("# "), entry.name
+            assert "  # " in source[line] or source[line - 1].strip().startswith("# "), entry.name
         for name, hint in get_type_hints(part).items():
             numbers = {int, float} & {hint, *get_args(hint)}
             ranged = repr(get_type_hints(part, include_extras=True)[name])

@@ -60,8 +60,8 @@ class Hyperparameters:
     tau: PositiveShare = 0.005  # per update: target <- tau * online + (1 - tau) * target
     learning_starts: Steps = 1_000  # environment steps of uniform random actions without an update
     updates_per_step: Positive = 1.0  # updates per environment step; 0.5: one every second step
-    policy_update_interval: Count | Literal["auto"] | None = "auto"
     # environment steps between policy steps; auto: every update (SAC), every second one (TD3); None: off
+    policy_update_interval: Count | Literal["auto"] | None = "auto"
     meta_update_interval: Count | None = None  # environment steps from meta step to meta step; None: off
     policy_batch: Literal["critic", "fresh"] = "critic"  # the policy learns on the critic's batch or its own
     huber_delta: Positive | None = None  # Huber error beyond this |td_error|; None: squared error

@@ -24,7 +24,7 @@ from angle_rl.agents.sac import SAC
 from angle_rl.agents.state import LossNotFiniteError
 from angle_rl.agents.td3 import TD3
 from angle_rl.config import AgentConfig, config_from_dict
-from angle_rl.feed import make_feed
+from angle_rl.feed import DataFeed, make_evaluation_feed, make_feed
 from angle_rl.types import Array, EnvironmentState, RandomKey, RLState
 
 AGENTS: dict[str, type[ActorCritic]] = {"sac": SAC, "td3": TD3}
@@ -55,8 +55,8 @@ class AgentTrainer:
         meta: has `update_meta_learning_model(states, q)`, called every `meta_update_interval` steps with the
             newest batch's observations and q values ``[critics, batch]``.
         agent: an Agent in place of the config's.
-        q_future: ``f(target_critics, next_observations, next_actions)`` in place of the target critics' minimum.
-        evaluation_feed: where `evaluate` runs; None: a feed like the first, of one environment.
+        q_future: ``f(target_critics, next_observations, next_actions)``; None: the target critics' minimum.
+        evaluation_feed: where `evaluate` runs, of one environment; None: one like the training's.
 
     Raises ValueError or TypeError where these contradict the config or one another.
     """
@@ -89,8 +89,8 @@ class AgentTrainer:
         self.agent: Agent = AGENTS[config.hyperparameters.agent](config, q_future) if agent is None else agent
         agent_key, self._feed_key, run_key, self._evaluation_key = RandomKey(config.training.seed).split(4)
         source = config.training.environment if feed is None else feed
-        self.feed = make_feed(source, parallel_environments=config.training.parallel_environments)
-        self._evaluation_source = source if evaluation_feed is None else evaluation_feed
+        self.feed = make_feed(source, num_environments=config.training.parallel_environments)
+        self._evaluation_source = evaluation_feed
         agent_state, _ = self.agent.init(
             agent_key,
             observation_space=self.feed.observation_space,
@@ -102,8 +102,8 @@ class AgentTrainer:
         )
         nothing_seen: Any = None  # until train() begins
         self._rl_state = RLState(agent_state, nothing_seen, run_key, 0, 0, None)
-        self._episode_returns = np.zeros(self.feed.n)
-        self._episode_lengths = np.zeros(self.feed.n, np.int64)
+        self._episode_returns = np.zeros(self.feed.num_environments)
+        self._episode_lengths = np.zeros(self.feed.num_environments, np.int64)
         self._recent_returns: deque[float] = deque(maxlen=20)
         self._last_checkpoint: Path | None = None
 
@@ -167,9 +167,9 @@ class AgentTrainer:
     def train(self) -> Evaluation | None:
         """Run until `steps` of the config, evaluate, and leave a run folder; returns the last evaluation.
 
-        The first Ctrl-C saves and returns None, the second raises KeyboardInterrupt at once. An environment that
-        raises, or gives a reward that is not finite: what the run has is saved, then the error is raised. The third
-        update in a row whose loss is not finite raises LossNotFiniteError, naming the last good checkpoint.
+        The first Ctrl-C saves and returns None, the second raises KeyboardInterrupt at once. Where an
+        environment raises, or gives a reward that is not finite, the run is saved and the error raised. The
+        third update in a row whose loss is not finite raises LossNotFiniteError, naming the last checkpoint.
         """
         agent, total = self.agent, self.config.training.steps
         with self._running() as (run, progress, interrupted):
@@ -190,8 +190,8 @@ class AgentTrainer:
         """The state to run from: the one before, or the first of new episodes."""
         state = self._rl_state
         if state.environment_state is None:
-            key, self._feed_key = self._feed_key.split(2)
-            state = state._replace(environment_state=self.feed.init(key))
+            seen, self._feed_key = self.feed.init(self._feed_key)
+            state = state._replace(environment_state=seen)
             agent_state, random_key = self.agent.reset(state.random_key, state)
             self._rl_state = state = state._replace(agent_state=agent_state, random_key=random_key)
         return state
@@ -199,7 +199,7 @@ class AgentTrainer:
     def _step_environments(self, state: RLState, action: Array, run: runs.Run) -> EnvironmentState:
         """What the actions led to. Where the environment fails, the run is saved before the error goes on."""
         try:
-            seen = self.feed.step(state.environment_state, action)
+            seen, self._feed_key = self.feed.step(self._feed_key, state.environment_state, action)
             if not np.isfinite(seen.reward).all():
                 worst = int(np.flatnonzero(~np.isfinite(seen.reward))[0])
                 raise ValueError(
@@ -229,7 +229,7 @@ class AgentTrainer:
             run.log(self.steps, {"train/episode_return": episode_return, "train/episode_length": length})
             self._episode_returns[index], self._episode_lengths[index] = 0.0, 0
             agent_state, random_key = self.agent.reset(state.random_key, state)
-            iteration = 0 if self.feed.n == 1 else state.iteration
+            iteration = 0 if self.feed.num_environments == 1 else state.iteration
             state = RLState(agent_state, seen, random_key, iteration, state.episode + 1, state.trajectory)
         return state
 
@@ -308,7 +308,8 @@ class AgentTrainer:
         """Whole episodes with deterministic actions; None: the config's `evaluation_episodes`.
 
         Runs on a feed and a key of its own: training goes on as if there had been no evaluation, and every
-        evaluation meets the same initial states. TypeError where the agent has no policy.
+        evaluation meets the same initial states. TypeError where the agent has no policy, ValueError where no
+        feed like the training's can be made and no `evaluation_feed` was given.
         """
         episodes = self.config.training.evaluation_episodes if episodes is None else episodes
         if episodes < 1:
@@ -316,7 +317,9 @@ class AgentTrainer:
         policy = self.policy
         if policy is None or not callable(getattr(policy, "sample_actions", None)):
             raise TypeError(f"{type(self.agent).__name__} has no policy with sample_actions to evaluate")
-        feed = make_feed(self._evaluation_source, parallel_environments=1)
+        feed = self._make_evaluation_feed()
+        if feed is None:
+            raise ValueError(f"no second {self.feed.name} can be made to evaluate on; pass evaluation_feed=")
         training_mode = policy.training
         policy.eval()
         try:
@@ -325,6 +328,14 @@ class AgentTrainer:
         finally:
             policy.train(training_mode)
             feed.close()
+
+    def _make_evaluation_feed(self) -> DataFeed | None:
+        if self._evaluation_source is None:
+            return make_evaluation_feed(self.feed)
+        feed = make_feed(self._evaluation_source)
+        if feed.num_environments != 1:
+            raise ValueError(f"evaluation_feed has {feed.num_environments} environments; it must have 1")
+        return feed
 
     def _evaluate_into(self, run: runs.Run) -> Evaluation | None:
         """Evaluate, log it, and keep the checkpoint if it is the best so far."""
@@ -352,14 +363,14 @@ class AgentTrainer:
         TypeError where the agent has no `export_state`. Raises as `checkpoint.save` besides.
         """
         if not self._saves:
-            raise TypeError(
-                f"{type(self.agent).__name__} has no export_state(agent_state); it cannot be saved"
-            )
+            raise TypeError(f"{type(self.agent).__name__} has no export_state; it cannot be saved")
         return checkpoint.save(path, *self._exported())
 
     def load(self, path: str | Path) -> None:
-        """Go on from a checkpoint, or from a run folder's newest one. Raises ValueError where it does not fit,
-        and nothing changes then.
+        """Go on from a checkpoint, or from a run folder's newest one.
+
+        The networks, optimisers, replay, counters and random state come back; environments begin new episodes.
+        ValueError where the checkpoint is damaged or does not fit; nothing changes then.
         """
         if not self._saves:
             raise TypeError(
@@ -429,13 +440,13 @@ def _whole_episodes(feed: Any, policy: Any, key: RandomKey, episodes: int) -> Ev
     device = next((p.device for p in policy.parameters()), torch.device("cpu"))
     shape = feed.action_space.shape
     feed_key, key = key.split(2)
-    seen = feed.init(feed_key)
+    seen, feed_key = feed.init(feed_key)
     returns, lengths = [0.0], [0]
     while True:
         action_key, key = key.split(2)
         observations = as_tensors(seen.observation, device)
         actions, _ = policy_actions(policy, observations, (1, *shape), action_key, deterministic=True)
-        seen = feed.step(seen, actions.cpu().numpy())
+        seen, feed_key = feed.step(feed_key, seen, actions.cpu().numpy())
         if not seen.stepped[0]:
             continue
         returns[-1] += float(seen.reward[0])

@@ -14,7 +14,7 @@ import torch
 
 from angle_rl.agents.base import crossings
 from angle_rl.agents.noise import ActionBounds, action_bounds, policy_actions, seeded_torch, uniform_actions
-from angle_rl.agents.state import ActorCriticState, count_update
+from angle_rl.agents.state import ActorCriticState, count_update, export_state, import_state
 from angle_rl.config import AgentConfig
 from angle_rl.engines import NextValues, PolicyLoss, Update, make_engine
 from angle_rl.models import TwinQ
@@ -181,6 +181,16 @@ class ActorCritic:
                     state.last_update.batch.observations, state.last_update.q
                 )
         return rl_state._replace(random_key=random_key)
+
+    def export_state(self, state: ActorCriticState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The state as named tensors and JSON-able values, for a checkpoint."""
+        return export_state(state)
+
+    def import_state(
+        self, state: ActorCriticState, tensors: dict[str, torch.Tensor], values: dict[str, Any]
+    ) -> None:
+        """Put back what `export_state` gave. ValueError where it does not fit, and nothing changes then."""
+        import_state(state, tensors, values)
 
     # Helpers ----------
 
