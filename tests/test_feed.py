@@ -30,9 +30,7 @@ class Counting(gymnasium.Env):
     def __init__(self, nested=False, reuse=False, fail_at=None):
         box = spaces.Box(-np.inf, np.inf, (3,), np.float32)
         self.observation_space = (
-            spaces.Dict(
-                {"a": box, "b": spaces.Tuple([spaces.Discrete(9), spaces.Box(0, 255, (2, 2), np.uint8)])}
-            )
+            spaces.Dict({"a": box, "b": spaces.Tuple([spaces.Discrete(9), spaces.Box(0, 255, (2, 2), np.uint8)])})
             if nested
             else box
         )
@@ -411,9 +409,7 @@ def drift(observation, action):
 
 
 def test_a_function_of_two_arguments_never_ends_by_itself():
-    feed = make_feed(
-        drift, initial_observation=np.zeros(2, np.float32), initial_action=np.zeros(2, np.float32)
-    )
+    feed = make_feed(drift, initial_observation=np.zeros(2, np.float32), initial_action=np.zeros(2, np.float32))
     assert feed.name == "drift"
     assert feed.observation_space.dtype == np.float32
     assert feed.action_space == spaces.Box(-1, 1, (2,), np.float32)

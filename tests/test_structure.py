@@ -21,6 +21,7 @@ FLOORS = [
     ["_core"],
     ["types", "config"],
     ["checkpoint"],
+    ["spaces"],
     ["schema", "replay"],
     ["ops"],
     ["models"],

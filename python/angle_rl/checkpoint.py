@@ -75,9 +75,7 @@ def save(path: PathLike, tensors: Mapping[str, torch.Tensor | Array], state: Map
     encoded = _encode(dict(state), "state")
     _restore_previous(target)
     if target.exists() and not (target / STATE_FILE).is_file():
-        raise CheckpointError(
-            f"{target} exists and is not a checkpoint (it has no {STATE_FILE}); it is left as it is"
-        )
+        raise CheckpointError(f"{target} exists and is not a checkpoint (it has no {STATE_FILE}); it is left as it is")
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.new-*"):  # of a writer that was killed
         shutil.rmtree(leftover)
@@ -116,17 +114,13 @@ def load(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """
     folder = find(path)
     if folder is None:
-        raise CheckpointError(
-            f"{Path(path)}: no checkpoint here (a folder with {STATE_FILE} and {TENSORS_FILE})"
-        )
+        raise CheckpointError(f"{Path(path)}: no checkpoint here (a folder with {STATE_FILE} and {TENSORS_FILE})")
     body = _read_state(folder / STATE_FILE)
     tensors_file = folder / TENSORS_FILE
     if not tensors_file.is_file():
         raise CheckpointError(f"{tensors_file} is missing")
     if _file_digest(tensors_file) != body["tensors_sha256"]:
-        raise CheckpointError(
-            f"{tensors_file} is truncated or damaged: its checksum differs from {STATE_FILE}'s"
-        )
+        raise CheckpointError(f"{tensors_file} is truncated or damaged: its checksum differs from {STATE_FILE}'s")
     return _read_tensors(tensors_file, body["tensors"]), _decode(body["state"])
 
 
@@ -134,9 +128,7 @@ def load_state(path: PathLike) -> dict[str, Any]:
     """The state alone, its checksum verified; the tensor file is not opened. Raises as ``load`` does."""
     folder = find(path)
     if folder is None:
-        raise CheckpointError(
-            f"{Path(path)}: no checkpoint here (a folder with {STATE_FILE} and {TENSORS_FILE})"
-        )
+        raise CheckpointError(f"{Path(path)}: no checkpoint here (a folder with {STATE_FILE} and {TENSORS_FILE})")
     state: dict[str, Any] = _decode(_read_state(folder / STATE_FILE)["state"])
     return state
 
@@ -192,19 +184,13 @@ def _as_tensor(name: str, value: torch.Tensor | Array) -> torch.Tensor:
         try:
             tensor = _from_numpy(value)
         except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"tensors[{name!r}] has dtype {value.dtype}, which a checkpoint cannot hold"
-            ) from error
+            raise TypeError(f"tensors[{name!r}] has dtype {value.dtype}, which a checkpoint cannot hold") from error
     elif isinstance(value, torch.Tensor):
         tensor = value.detach()
     else:
-        raise TypeError(
-            f"tensors[{name!r}] is a {type(value).__name__}; a checkpoint takes tensors and NumPy arrays"
-        )
+        raise TypeError(f"tensors[{name!r}] is a {type(value).__name__}; a checkpoint takes tensors and NumPy arrays")
     if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
-        raise TypeError(
-            f"tensors[{name!r}] is {tensor.dtype}, {tensor.layout}, which a checkpoint cannot hold"
-        )
+        raise TypeError(f"tensors[{name!r}] is {tensor.dtype}, {tensor.layout}, which a checkpoint cannot hold")
     return tensor
 
 
@@ -268,9 +254,7 @@ def _read_tensors(path: Path, expected: Mapping[str, Any]) -> dict[str, torch.Te
         raise CheckpointError(f"{path} is no tensor file that can be read: {error}") from error
     found = {name: [_DTYPES[t.dtype], list(t.shape)] for name, t in tensors.items()}
     if found != dict(expected):
-        names = sorted(
-            name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
-        )
+        names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         raise CheckpointError(f"{path}: tensors {names} are not as {STATE_FILE} describes them")
     return tensors
 

@@ -172,8 +172,7 @@ def _parse_config(arguments: list[str], default: AgentConfig | None) -> AgentCon
     import tyro
 
     arguments = [
-        "--environment" + word[5:] if word == "--env" or word.startswith("--env=") else word
-        for word in arguments
+        "--environment" + word[5:] if word == "--env" or word.startswith("--env=") else word for word in arguments
     ]
     return tyro.cli(
         AgentConfig,

@@ -88,8 +88,7 @@ class Hyperparameters:
             )
         if self.batch_size > self.replay_capacity:
             raise ValueError(
-                f"batch_size is {self.batch_size}; it must be at most "
-                f"replay_capacity ({self.replay_capacity})"
+                f"batch_size is {self.batch_size}; it must be at most replay_capacity ({self.replay_capacity})"
             )
 
 
@@ -254,9 +253,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
                 raise ValueError(f"{name} is {value!r}; it must lie in {limit.text}")
             return float(value) if kind is float else value
     allowed = " or ".join(_type_name(member) for member in members)
-    choices = [
-        str(choice) for member in members if get_origin(member) is Literal for choice in get_args(member)
-    ]
+    choices = [str(choice) for member in members if get_origin(member) is Literal for choice in get_args(member)]
     nearest = difflib.get_close_matches(str(value), choices, n=1)
     refusal = ValueError if choices and isinstance(value, str) else TypeError
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""

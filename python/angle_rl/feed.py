@@ -84,9 +84,7 @@ def make_feed(source: Any, *, num_environments: int = 1, **options: Any) -> Data
         return _feed_of(lambda: _make_registered(source, options), num_environments, name)
     if isinstance(source, (gymnasium.Env, VectorEnv, DataFeed)) and not isinstance(source, type):
         if options:
-            raise TypeError(
-                f"options {sorted(options)} do not apply to a {type(source).__name__} made already"
-            )
+            raise TypeError(f"options {sorted(options)} do not apply to a {type(source).__name__} made already")
         feed: DataFeed
         if isinstance(source, VectorEnv):
             feed = VectorFeed(source)
@@ -221,9 +219,7 @@ class VectorFeed:
     closes the environment.
     """
 
-    def __init__(
-        self, environment: VectorEnv[Any, Any, Any], *, name: str | None = None, owned: bool = False
-    ) -> None:
+    def __init__(self, environment: VectorEnv[Any, Any, Any], *, name: str | None = None, owned: bool = False) -> None:
         mode = environment.metadata.get("autoreset_mode")
         self._mode = str(getattr(mode, "value", mode))
         if self._mode not in ("NextStep", "SameStep", "Disabled"):
@@ -518,9 +514,7 @@ def _final_rows(infos: Mapping[str, Any], rows: Sequence[int]) -> dict[int, Any]
 def _outcome(result: Any) -> tuple[Any, Any, Any, Any]:
     if not isinstance(result, tuple) or not 2 <= len(result) <= 4:
         what = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
-        raise TypeError(
-            f"function returned {what}, not (next_observation, reward[, terminated[, truncated]])"
-        )
+        raise TypeError(f"function returned {what}, not (next_observation, reward[, terminated[, truncated]])")
     flags = (*result[2:], False, False)
     return result[0], result[1], flags[0], flags[1]
 

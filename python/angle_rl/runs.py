@@ -87,9 +87,7 @@ class Run:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, int(step))
 
-    def save_checkpoint(
-        self, step: int, tensors: Mapping[str, torch.Tensor | Array], state: Mapping[str, Any]
-    ) -> Path:
+    def save_checkpoint(self, step: int, tensors: Mapping[str, torch.Tensor | Array], state: Mapping[str, Any]) -> Path:
         """Write ``checkpoints/step-<step>``, keep the newest few. Raises as ``checkpoint.save``."""
         path = checkpoint.save(self.folder / "checkpoints" / f"step-{step:08d}", tensors, state)
         for old in list_checkpoints(self.folder)[: -self.keep_checkpoints]:
@@ -167,9 +165,7 @@ def create_run(
     return Run(folder, loggers=loggers, keep_checkpoints=keep_checkpoints)
 
 
-def resume_run(
-    folder: PathLike, *, step: int, loggers: Sequence[str] = LOGGERS, keep_checkpoints: int = 3
-) -> Run:
+def resume_run(folder: PathLike, *, step: int, loggers: Sequence[str] = LOGGERS, keep_checkpoints: int = 3) -> Run:
     """Open an existing run to go on from ``step``.
 
     What was logged past ``step`` is dropped from metrics.jsonl (and hidden in TensorBoard), checkpoints of
@@ -285,9 +281,7 @@ def plot_learning_curve(run_folders: Sequence[PathLike], out_png: PathLike) -> P
             low = [mean - spread.get(step, 0.0) for step, mean in zip(steps, means, strict=True)]
             high = [mean + spread.get(step, 0.0) for step, mean in zip(steps, means, strict=True)]
             axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0.0)
-            axes.plot(
-                steps, means, color=color, marker="o", markersize=3, label=f"{prefix}evaluation, mean ± std"
-            )
+            axes.plot(steps, means, color=color, marker="o", markersize=3, label=f"{prefix}evaluation, mean ± std")
     if axes.lines:
         axes.legend(fontsize="small")
     else:

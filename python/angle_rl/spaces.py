@@ -24,14 +24,9 @@ _ARRAY_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.Multi
 def map_space(function: Callable[..., Any], space: Space, *trees: Any) -> Any:
     """``function(leaf_space, *leaves)`` at every leaf of the space and of trees of its structure."""
     if isinstance(space, spaces.Dict):
-        return {
-            name: map_space(function, part, *(tree[name] for tree in trees))
-            for name, part in space.spaces.items()
-        }
+        return {name: map_space(function, part, *(tree[name] for tree in trees)) for name, part in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
-        return tuple(
-            map_space(function, part, *(tree[i] for tree in trees)) for i, part in enumerate(space.spaces)
-        )
+        return tuple(map_space(function, part, *(tree[i] for tree in trees)) for i, part in enumerate(space.spaces))
     return function(space, *trees)
 
 

@@ -77,9 +77,7 @@ class AgentTrainer:
         if not isinstance(config, AgentConfig):
             raise TypeError(f"config is a {type(config).__name__}; it must be an AgentConfig")
         if meta is not None and not callable(getattr(meta, "update_meta_learning_model", None)):
-            raise TypeError(
-                f"meta is a {type(meta).__name__}; it must have update_meta_learning_model(states, q)"
-            )
+            raise TypeError(f"meta is a {type(meta).__name__}; it must have update_meta_learning_model(states, q)")
         if agent is not None and q_future is not None:
             raise ValueError("q_future and agent are both given; such an agent takes q_future itself")
         _check_device(config.training.device)
@@ -373,9 +371,7 @@ class AgentTrainer:
         ValueError where the checkpoint is damaged or does not fit; nothing changes then.
         """
         if not self._saves:
-            raise TypeError(
-                f"{type(self.agent).__name__} has no export_state(agent_state); it cannot be loaded"
-            )
+            raise TypeError(f"{type(self.agent).__name__} has no export_state(agent_state); it cannot be loaded")
         path = Path(path)
         found = runs.newest_checkpoint(path) if (path / runs.CONFIG_FILE).exists() else path
         if found is None:
@@ -383,9 +379,7 @@ class AgentTrainer:
         tensors, saved = checkpoint.load(found)
         agent: Any = self.agent
         if saved.get("agent") != type(agent).__name__:
-            raise ValueError(
-                f"{found} was saved by {saved.get('agent')}; the agent is {type(agent).__name__}"
-            )
+            raise ValueError(f"{found} was saved by {saved.get('agent')}; the agent is {type(agent).__name__}")
         agent.import_state(self._rl_state.agent_state, tensors, saved["agent_state"])
         nothing_seen: Any = None
         self.steps = saved["steps"]

@@ -42,11 +42,7 @@ class ActorCritic:
         interval = hyperparameters.policy_update_interval
         # The policy's interval counted in updates: exact, also where an update takes several steps.
         self._policy_every: int | Fraction | None = (
-            self.policy_delay
-            if interval == "auto"
-            else None
-            if interval is None
-            else interval * self._updates_per_step
+            self.policy_delay if interval == "auto" else None if interval is None else interval * self._updates_per_step
         )
 
     # What a subclass says ----------
@@ -177,18 +173,14 @@ class ActorCritic:
             count_update(state, state.engine.update(update_key, policy_steps), policy_steps)
         if state.meta is not None and state.last_update is not None:
             for _ in range(crossings(hyperparameters.meta_update_interval, before, state.steps)):
-                state.meta.update_meta_learning_model(
-                    state.last_update.batch.observations, state.last_update.q
-                )
+                state.meta.update_meta_learning_model(state.last_update.batch.observations, state.last_update.q)
         return rl_state._replace(random_key=random_key)
 
     def export_state(self, state: ActorCriticState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The state as named tensors and JSON-able values, for a checkpoint."""
         return export_state(state)
 
-    def import_state(
-        self, state: ActorCriticState, tensors: dict[str, torch.Tensor], values: dict[str, Any]
-    ) -> None:
+    def import_state(self, state: ActorCriticState, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
         """Put back what `export_state` gave. ValueError where it does not fit, and nothing changes then."""
         import_state(state, tensors, values)
 
@@ -282,9 +274,7 @@ def check_replay(replay: Any, config: AgentConfig) -> None:
 def check_policy(policy: torch.nn.Module) -> None:
     """TypeError where an object cannot serve as a policy."""
     if not isinstance(policy, torch.nn.Module) or not callable(getattr(policy, "sample_actions", None)):
-        raise TypeError(
-            f"policy is a {type(policy).__name__}; it must be a PolicyModel (with sample_actions)"
-        )
+        raise TypeError(f"policy is a {type(policy).__name__}; it must be a PolicyModel (with sample_actions)")
 
 
 def flat_dim(space: gymnasium.Space[Any], what: str, model: str) -> int:

@@ -35,9 +35,7 @@ def action_bounds(space: gymnasium.Space[object], device: torch.device, agent: s
     if not isinstance(space, gymnasium.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
         raise ValueError(f"action_space is {space}; {agent} needs continuous actions (a Box of floats)")
     if not space.is_bounded():
-        raise ValueError(
-            f"action_space is {space}; {agent} needs finite bounds (see RescaleAction, ClipAction)"
-        )
+        raise ValueError(f"action_space is {space}; {agent} needs finite bounds (see RescaleAction, ClipAction)")
     low = torch.as_tensor(space.low, dtype=torch.float32, device=device)
     high = torch.as_tensor(space.high, dtype=torch.float32, device=device)
     if not bool((low < high).all()):

@@ -24,9 +24,7 @@ class SAC(ActorCritic):
 
     def default_policy(self, observation_dim: int, bounds: ActionBounds) -> torch.nn.Module:
         """A squashed Gaussian."""
-        return SquashedGaussianPolicy(
-            observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes
-        )
+        return SquashedGaussianPolicy(observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes)
 
     def finish_init(self, state: ActorCriticState) -> None:
         """The entropy coefficient: a parameter and its optimiser if learned, otherwise a constant."""
@@ -80,7 +78,5 @@ class SAC(ActorCritic):
 
 def _required(tensor: torch.Tensor | None) -> torch.Tensor:
     if tensor is None:
-        raise TypeError(
-            "policy gave no log_prob; SAC needs a stochastic policy whose sample_actions gives one"
-        )
+        raise TypeError("policy gave no log_prob; SAC needs a stochastic policy whose sample_actions gives one")
     return tensor

@@ -25,16 +25,12 @@ class ActorCriticState:
     target_policy: torch.nn.Module | None  # None: the target's actions come from the policy itself
     critics: torch.nn.Module
     target_critics: torch.nn.Module
-    optimizers: dict[
-        str, torch.optim.Optimizer
-    ]  # "critics", "policy", and SAC's "entropy_coefficient" if learned
+    optimizers: dict[str, torch.optim.Optimizer]  # "critics", "policy", and SAC's "entropy_coefficient" if learned
     replay: Any  # ReplayBuffer or PrioritizedReplayBuffer
     meta: Any  # has update_meta_learning_model(states, q); None: no meta step
     bounds: ActionBounds
     device: torch.device
-    log_entropy_coefficient: torch.Tensor | None = (
-        None  # scalar, SAC's parameter; None: fixed, or no entropy term
-    )
+    log_entropy_coefficient: torch.Tensor | None = None  # scalar, SAC's parameter; None: fixed, or no entropy term
     entropy_coefficient: torch.Tensor | None = None  # scalar, its exponential, without gradient
     steps: int = 0  # transitions recorded
     learned_steps: int = 0  # what `steps` was when optimize_model last ran
@@ -91,18 +87,13 @@ def import_state(state: ActorCriticState, tensors: dict[str, torch.Tensor], valu
             raise ValueError(f"the checkpoint has no {name}; it belongs to another agent or other networks")
         if tensors[name].shape != tensor.shape:
             raise ValueError(
-                f"{name} has shape {list(tensors[name].shape)} in the checkpoint; "
-                f"here it must be {list(tensor.shape)}"
+                f"{name} has shape {list(tensors[name].shape)} in the checkpoint; here it must be {list(tensor.shape)}"
             )
     for name in tensors:
         if name not in own and not name.startswith(("optimizers.", "replay.")):
             raise ValueError(f"the checkpoint holds {name}, which these networks do not have")
     state.replay.import_state(
-        {
-            name.removeprefix("replay."): t.numpy()
-            for name, t in tensors.items()
-            if name.startswith("replay.")
-        },
+        {name.removeprefix("replay."): t.numpy() for name, t in tensors.items() if name.startswith("replay.")},
         values["replay"],
     )
     with torch.no_grad():
@@ -128,9 +119,7 @@ def _own_tensors(state: ActorCriticState) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _import_optimizer(
-    optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, torch.Tensor]
-) -> None:
+def _import_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith(prefix):

@@ -24,9 +24,7 @@ class TD3(ActorCritic):
 
     def default_policy(self, observation_dim: int, bounds: ActionBounds) -> torch.nn.Module:
         """A deterministic policy."""
-        return DeterministicPolicy(
-            observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes
-        )
+        return DeterministicPolicy(observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes)
 
     def explore(self, state: ActorCriticState, observations: Any, n: int, key: RandomKey) -> torch.Tensor:
         """The policy's actions with exploration noise."""

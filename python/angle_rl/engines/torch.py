@@ -7,7 +7,7 @@ import math
 import torch
 
 from angle_rl import ops
-from angle_rl.engines import PolicyLoss, Update, UpdateResult
+from angle_rl.engines.base import PolicyLoss, Update, UpdateResult
 from angle_rl.types import Batch, RandomKey, UpdateSpec
 
 
@@ -29,7 +29,8 @@ class TorchEngine:
     def update(self, random_key: RandomKey, policy_steps: int) -> UpdateResult:
         """One critic step, `policy_steps` policy steps, and the targets' update where it is due.
 
-        A loss that is NaN or infinite changes nothing: no step, no new priorities, no target update.
+        A loss that is NaN or infinite ends the update there: its step, the new priorities and the targets' update
+        are left out.
         """
         spec, update = self._spec, self._update
         target_key, *policy_keys = random_key.split(1 + policy_steps)
@@ -52,8 +53,6 @@ class TorchEngine:
         if not result.finite:
             return result
         self._descend(critic_loss, update.critics_optimizer)
-        if spec.prioritized:
-            update.replay.update_priorities(batch.handles, td_error)
 
         for key in policy_keys:
             learned = self._policy_step(batch if spec.policy_batch == "critic" else self._sample(), key)
@@ -63,6 +62,8 @@ class TorchEngine:
                 return result._replace(finite=False)
             update.after_policy_step(learned)
 
+        if spec.prioritized:  # last, so that an update cut short leaves the priorities
+            update.replay.update_priorities(batch.handles, td_error)
         if policy_steps > 0 or spec.targets_follow == "update":
             ops.update_targets(self._targets, self._online, spec.tau)
             for target, online in zip(self._target_buffers, self._online_buffers, strict=True):
