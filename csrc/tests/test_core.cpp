@@ -9,19 +9,11 @@
 #include "core/tree.h"
 #include "doctest.h"
 #include "kernels/kernels.h"
+#include "tables.h"
 
 using namespace angle;
 
-namespace {
-std::vector<const Kernels*> tables() {
-  std::vector<const Kernels*> found{&baseline::table};
-#if defined(ANGLE_X86)
-  if (isa_available("avx2")) found.push_back(&avx2::table);
-  if (isa_available("avx512")) found.push_back(&avx512::table);
-#endif
-  return found;
-}
-}  // namespace
+using angle::testing::tables;
 
 TEST_CASE("a HalfCheetah record fits three cache lines") {
   const RecordLayout record(
