@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['MAX_STREAMS', 'Replay', 'available_isas', 'has_cuda_compiler', 'isa', 'philox_normal_f32', 'philox_normal_f64', 'philox_split', 'philox_uniform', 'squashed_gaussian_f32', 'squashed_gaussian_f64', 'squashed_gaussian_gradient_f32', 'squashed_gaussian_gradient_f64', 'twin_q_loss_f32', 'twin_q_loss_f64', 'twin_q_target_f32', 'twin_q_target_f64', 'update_targets_f32', 'update_targets_f64']
+__all__: list[str] = ['MAX_STREAMS', 'Replay', 'ReplayFloor', 'available_isas', 'has_cuda_compiler', 'isa', 'philox_normal_f32', 'philox_normal_f64', 'philox_split', 'philox_uniform', 'squashed_gaussian_f32', 'squashed_gaussian_f64', 'squashed_gaussian_gradient_f32', 'squashed_gaussian_gradient_f64', 'twin_q_loss_f32', 'twin_q_loss_f64', 'twin_q_target_f32', 'twin_q_target_f64', 'update_targets_f32', 'update_targets_f64']
 class Replay:
     """
     The compiled replay. angle_rl.replay is its public face.
@@ -43,6 +43,46 @@ class Replay:
     @property
     def size(self) -> int:
         ...
+class ReplayFloor:
+    """
+    The machine's floor under the replay, for benchmarks: each method runs its work `iterations` times and returns the seconds taken. One thread only.
+    """
+    def __init__(self, capacity: typing.SupportsInt | typing.SupportsIndex, seed: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+        ...
+    def cycle(self, batch: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
+        ...
+    def indices(self) -> numpy.typing.NDArray[numpy.uint32]:
+        """
+        uint32 rows of the last sample.
+        """
+    def insert(self, rows: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
+        ...
+    def observations(self) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        float32 observations of the last sample, one row after another.
+        """
+    def record(self, row: typing.SupportsInt | typing.SupportsIndex) -> float:
+        """
+        First number of a stored observation.
+        """
+    def sample(self, batch: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
+        ...
+    def sums_agree(self) -> bool:
+        """
+        Whether every sum is its children's.
+        """
+    def total(self) -> int:
+        """
+        Sum of the weights.
+        """
+    def uniform_sample(self, batch: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
+        ...
+    def update(self, batch: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
+        ...
+    def weight(self, row: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Weight of a row.
+        """
 def available_isas() -> list[str]:
     """
     Names of the instruction sets that this machine can run.
