@@ -60,18 +60,19 @@ RecordLayout::RecordLayout(std::vector<Field> fields_in) : fields(std::move(fiel
 }
 
 TreeShape::TreeShape(uint64_t capacity) {
-  // The sampler adds up the top itself, once a call: about a thousand nodes cost less than one more level.
-  constexpr uint32_t kShift = 5;
-  constexpr uint64_t kFewEnough = 2048;
+  // Groups of one and two cache lines: a draw reads four lines below the top, an update adds to three sums. The sampler
+  // adds up the top itself, once a call: about a thousand nodes cost less than one more level.
+  constexpr uint32_t kShifts[kMaxLevels] = {3, 4, 3, 3, 3, 3, 3, 3, 3, 3};
+  constexpr uint64_t kWidest = 16;
   uint64_t below = capacity;
-  leaves_padded = round_up(capacity, 1ull << kShift);
+  leaves_padded = round_up(capacity, kWidest);
   do {
-    shift[levels] = kShift;
-    below = (below + (1ull << kShift) - 1) >> kShift;
+    shift[levels] = kShifts[levels];
+    below = (below + (1ull << shift[levels]) - 1) >> shift[levels];
     nodes[levels] = below;
-    padded[levels] = round_up(below, 1ull << kShift);
+    padded[levels] = round_up(below, kWidest);
     ++levels;
-  } while (below > (levels < 3 ? kFewEnough : kMaxTop));
+  } while (below > kMaxTop);
   const uint32_t capacity_bits = static_cast<uint32_t>(std::bit_width(capacity - 1));
   weight_bits = 62 - std::max(22u, capacity_bits);
 }

@@ -34,7 +34,7 @@ struct RecordLayout {
 
 // The tree's shape: leaves in groups of 2**shift[0], those in groups of 2**shift[1], ... up to at most kMaxTop nodes.
 struct TreeShape {
-  static constexpr size_t kMaxLevels = 8, kMaxTop = 4096;
+  static constexpr size_t kMaxLevels = 10, kMaxTop = 2048;
   explicit TreeShape(uint64_t capacity);
 
   size_t levels = 0;              // arrays of sums above the leaves, at least 1

@@ -120,58 +120,71 @@ inline __m512i running_sums(__m512i value) {
   return _mm512_add_epi64(value, _mm512_alignr_epi64(value, zero, 4));
 }
 
-// How many of the running sums of `fan` children are <= target; `target` becomes what is left within the child found.
-template <class Child>
-inline size_t find_child(size_t fan, int64_t* target, const Child& child) {
-  alignas(64) int64_t sums[65];
+// How many of the running sums of kFan children are <= target; `target` becomes what is left within the child found.
+template <size_t kFan, class Child>
+inline size_t find_child(int64_t* target, const Child& child) {
+  alignas(64) int64_t sums[kFan + 8];
   int64_t* const inclusive = sums + 1;
-  const __m512i wanted = _mm512_set1_epi64(*target), last = _mm512_set1_epi64(7);
-  __m512i carry = _mm512_setzero_si512();
-  size_t found = 0;
+  const __m512i wanted = _mm512_set1_epi64(*target);
   sums[0] = 0;
-  for (size_t start = 0; start < fan; start += 8) {
-    const __m512i running = _mm512_add_epi64(running_sums(child(start)), carry);
-    _mm512_storeu_si512(inclusive + start, running);
-    found += static_cast<size_t>(__builtin_popcount(_mm512_cmple_epi64_mask(running, wanted)));
-    carry = _mm512_permutexvar_epi64(last, running);
+  const __m512i first = running_sums(child(0));
+  _mm512_storeu_si512(inclusive, first);
+  size_t found = static_cast<size_t>(__builtin_popcount(_mm512_cmple_epi64_mask(first, wanted)));
+  if constexpr (kFan == 16) {
+    const __m512i carry = _mm512_permutexvar_epi64(_mm512_set1_epi64(7), first);
+    const __m512i second = _mm512_add_epi64(running_sums(child(8)), carry);
+    _mm512_storeu_si512(inclusive + 8, second);
+    found += static_cast<size_t>(__builtin_popcount(_mm512_cmple_epi64_mask(second, wanted)));
   }
   *target -= sums[found];
   return found;
 }
 
-void descend(const int64_t* level, size_t fan, size_t count, uint64_t* index, int64_t* target) {
+template <size_t kFan>
+void descend_by(const int64_t* level, size_t count, uint64_t* index, int64_t* target) {
   for (size_t i = 0; i < count; ++i) {
     if (index[i] == kLost) continue;
-    const int64_t* node = level + index[i] * fan;
-    const size_t found = find_child(fan, target + i, [node](size_t start) {
+    const int64_t* node = level + index[i] * kFan;
+    const size_t found = find_child<kFan>(target + i, [node](size_t start) {
       return _mm512_max_epi64(load_vector(node + start), _mm512_setzero_si512());
     });
-    index[i] = found == fan ? kLost : index[i] * fan + found;
+    index[i] = found == kFan ? kLost : index[i] * kFan + found;
+  }
+}
+
+template <size_t kFan>
+void descend_leaves_by(const uint64_t* leaves, uint64_t weight_mask, size_t count, uint64_t* index, int64_t* target,
+                       uint64_t* words) {
+  const __m512i mask = _mm512_set1_epi64(static_cast<int64_t>(weight_mask));
+  for (size_t i = 0; i < count; ++i) {
+    if (index[i] == kLost) continue;
+    const uint64_t* node = leaves + index[i] * kFan;
+    alignas(64) uint64_t read[kFan + 1];
+    read[kFan] = 0;
+    const size_t found = find_child<kFan>(target + i, [&](size_t start) {
+      const __m512i word = load_vector(node + start);
+      _mm512_store_si512(read + start, word);
+      return _mm512_and_si512(word, mask);
+    });
+    index[i] = found == kFan ? kLost : index[i] * kFan + found;
+    words[i] = read[found];
+  }
+}
+
+void descend(const int64_t* level, size_t fan, size_t count, uint64_t* index, int64_t* target) {
+  if (fan == 8) {
+    descend_by<8>(level, count, index, target);
+  } else {
+    descend_by<16>(level, count, index, target);
   }
 }
 
 void descend_leaves(const uint64_t* leaves, size_t fan, uint64_t weight_mask, size_t count, uint64_t* index,
                     int64_t* target, uint64_t* words) {
-  const __m512i mask = _mm512_set1_epi64(static_cast<int64_t>(weight_mask));
-  for (size_t i = 0; i < count; ++i) {
-    if (index[i] == kLost) continue;
-    const uint64_t* node = leaves + index[i] * fan;
-    alignas(64) uint64_t read[64];
-    const size_t found = find_child(fan, target + i, [&](size_t start) {
-      const __m512i word = load_vector(node + start);
-      _mm512_store_si512(read + start, word);
-      return _mm512_and_si512(word, mask);
-    });
-    index[i] = found == fan ? kLost : index[i] * fan + found;
-    words[i] = found == fan ? 0 : read[found];
-  }
-}
-
-inline void copy_bytes(uint8_t* out, const uint8_t* in, size_t bytes) {
-  for (; bytes >= 64; bytes -= 64, in += 64, out += 64) _mm512_storeu_si512(out, _mm512_loadu_si512(in));
-  if (bytes != 0) {
-    const __mmask64 tail = ~0ull >> (64 - bytes);
-    _mm512_mask_storeu_epi8(out, tail, _mm512_maskz_loadu_epi8(tail, in));
+  if (fan == 8) {
+    descend_leaves_by<8>(leaves, weight_mask, count, index, target, words);
+  } else {
+    descend_leaves_by<16>(leaves, weight_mask, count, index, target, words);
   }
 }
 
@@ -221,7 +234,7 @@ void descend_leaves(const uint64_t* leaves, size_t fan, uint64_t weight_mask, si
   for (size_t i = 0; i < count; ++i) {
     if (index[i] == kLost) continue;
     const uint64_t* node = leaves + index[i] * fan;
-    uint64_t read[64];
+    uint64_t read[16];
     int64_t running = 0, below = 0;
     size_t found = 0;
     for (size_t child = 0; child < fan; ++child) {
@@ -236,19 +249,31 @@ void descend_leaves(const uint64_t* leaves, size_t fan, uint64_t weight_mask, si
   }
 }
 
-inline void copy_bytes(uint8_t* out, const uint8_t* in, size_t bytes) {
-  size_t done = 0;
-  for (; done + 16 <= bytes; done += 16) memcpy(out + done, in + done, 16);
-  for (; done + 8 <= bytes; done += 8) memcpy(out + done, in + done, 8);
-  for (; done + 4 <= bytes; done += 4) memcpy(out + done, in + done, 4);
-  for (; done < bytes; ++done) out[done] = in[done];
-}
-
 #endif
+
+// No masked stores: on Zen 5 they made the gather three times slower (docs/decisions/0002-gather.md).
+inline void copy_bytes(uint8_t* out, const uint8_t* in, size_t bytes) {
+  for (; bytes >= 64; bytes -= 64, in += 64, out += 64) memcpy(out, in, 64);
+  const auto copy_piece = [&](size_t piece) __attribute__((always_inline)) {
+    if ((bytes & piece) == 0) return;
+    memcpy(out, in, piece);
+    in += piece;
+    out += piece;
+  };
+  copy_piece(32);
+  copy_piece(16);
+  copy_piece(8);
+  copy_piece(4);
+  copy_piece(2);
+  copy_piece(1);
+}
 
 void gather(const uint8_t* records, size_t record_bytes, const uint64_t* slots, size_t count, const FieldCopy* fields,
             size_t field_count) {
-  constexpr size_t kAhead = 16, kLarge = 2048;
+  constexpr size_t kAhead = 32, kLarge = 2048;
+  for (size_t i = 0; i < kAhead && i < count; ++i) {
+    if (slots[i] != kLost) prefetch_record(records, record_bytes, slots[i]);
+  }
   for (size_t i = 0; i < count; ++i) {
     if (i + kAhead < count && slots[i + kAhead] != kLost) prefetch_record(records, record_bytes, slots[i + kAhead]);
     if (slots[i] == kLost) continue;

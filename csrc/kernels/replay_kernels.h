@@ -32,7 +32,7 @@ struct ReplayKernels {
   void (*locate)(const int64_t* prefix, size_t n, int ascending, size_t count, uint64_t* index, int64_t* target);
 
   // One level down for each draw: index becomes that of the child whose share of the sums holds the target, or kLost.
-  // `fan` is a multiple of 8. Cost count * fan.
+  // `fan` is 8 or 16. Cost count * fan.
   void (*descend)(const int64_t* level, size_t fan, size_t count, uint64_t* index, int64_t* target);
 
   // The same on leaf words, whose weight is word & weight_mask; words[i] is the leaf as it was read.
