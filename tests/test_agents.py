@@ -25,14 +25,6 @@ OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTIONS = spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 10.0], np.float32))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def made(agent=SAC, *, q_future=None, policy=None, critics=None, **hyperparameters):
     """An agent and its first state, with some random transitions in the replay."""
     config = AgentConfig(

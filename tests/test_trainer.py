@@ -20,14 +20,6 @@ from angle_rl.trainer import AgentTrainer, interrupts
 BOX = spaces.Box(-1.0, 1.0, (1,), np.float32)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def walk(observation, action):
     """A point that the action moves, punished for its distance from 0."""
     observation = np.clip(observation + 0.1 * action, -1, 1).astype(np.float32)

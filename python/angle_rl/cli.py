@@ -30,16 +30,17 @@ Besides the options below: --env ID is --environment ID; --config FILE reads a .
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a run that failed, 2 for a wrong input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
         print(USAGE)
-        if arguments:
-            _parse_config(["--help"], None)
-        return 0 if arguments else 2
-    command = COMMANDS.get(arguments[0])
-    if command is None:
+        return 2
+    wants_help = arguments[0] in ("-h", "--help")
+    if not wants_help and arguments[0] not in COMMANDS:
         return _refuse(f"{arguments[0]!r} is no command; there are {', '.join(COMMANDS)}")
     try:
-        return command(arguments[1:])
+        if wants_help:
+            print(USAGE)
+            return train(["--help"])
+        return COMMANDS[arguments[0]](arguments[1:])
     except SystemExit as leaving:  # an argument parser has said what is wrong, or printed its help
         return leaving.code if isinstance(leaving.code, int) else 0
 

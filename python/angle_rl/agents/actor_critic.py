@@ -16,7 +16,8 @@ from angle_rl.agents.base import crossings
 from angle_rl.agents.noise import ActionBounds, action_bounds, policy_actions, seeded_torch, uniform_actions
 from angle_rl.agents.state import ActorCriticState, count_update, export_state, import_state
 from angle_rl.config import AgentConfig
-from angle_rl.engines import NextValues, PolicyLoss, Update, make_engine
+from angle_rl.engines import make_engine
+from angle_rl.engines.base import NextValues, PolicyLoss, Update
 from angle_rl.models import TwinQ
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
 from angle_rl.types import Array, Batch, RandomKey, RLState, UpdateSpec

@@ -9,7 +9,7 @@ import torch
 from angle_rl.agents.actor_critic import ActorCritic, adam
 from angle_rl.agents.noise import ActionBounds, policy_actions
 from angle_rl.agents.state import ActorCriticState
-from angle_rl.engines import NextValues, PolicyLoss
+from angle_rl.engines.base import NextValues, PolicyLoss
 from angle_rl.models import SquashedGaussianPolicy
 from angle_rl.types import Batch, RandomKey
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from angle_rl.agents.noise import ActionBounds
-from angle_rl.engines import Engine, UpdateResult
+from angle_rl.engines.base import Engine, UpdateResult
 
 SKIPS_ALLOWED = 2
 

@@ -9,7 +9,7 @@ import torch
 from angle_rl.agents.actor_critic import ActorCritic
 from angle_rl.agents.noise import ActionBounds, noisy_actions, policy_actions
 from angle_rl.agents.state import ActorCriticState
-from angle_rl.engines import NextValues, PolicyLoss
+from angle_rl.engines.base import NextValues, PolicyLoss
 from angle_rl.models import DeterministicPolicy
 from angle_rl.types import Batch, RandomKey
 
