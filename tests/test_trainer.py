@@ -398,6 +398,30 @@ def test_the_third_in_a_row_stops_the_run(tmp_path, interval, says):
     assert (trainer.updates, trainer.skipped_updates) == (2, 5)
 
 
+def test_a_policy_loss_that_is_not_finite_is_counted_across_the_updates_between(tmp_path):
+    class Spoiled(TD3):
+        def policy_loss(self, state, batch, key):
+            learned = super().policy_loss(state, batch, key)
+            return learned._replace(loss=learned.loss * float("inf"))
+
+    config = small(tmp_path, steps=60, hyperparameters={"agent": "td3"})
+    trainer = AgentTrainer(config, walk_feed(), agent=Spoiled(config))
+    policy = {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
+    with pytest.raises(LossNotFiniteError, match=r"policy loss is -?inf in 3 updates"):
+        trainer.train()
+    assert (trainer.updates, trainer.skipped_updates) == (3, 3)
+    assert_same(policy, trainer.policy.state_dict())
+
+
+def test_a_feed_that_cannot_be_made_twice_trains_without_evaluation(tmp_path):
+    trainer = AgentTrainer(small(tmp_path, steps=30), HaltingFeed())
+    with pytest.warns(UserWarning, match="no second halting can be made to evaluate on; pass evaluation_feed="):
+        assert trainer.train() is None
+    assert trainer.updates == 10
+    with pytest.raises(ValueError, match="evaluation_feed has 2 environments"):
+        AgentTrainer(small(tmp_path), walk_feed(), evaluation_feed=HaltingFeed()).evaluate(1)
+
+
 def test_an_environment_that_raises_leaves_a_saved_run(tmp_path):
     class Broken(Exception):
         pass
@@ -462,6 +486,8 @@ def test_contradictions_are_refused(tmp_path):
         AgentTrainer(config, walk_feed(), replay=ReplayBuffer(10, **box))
     with pytest.raises(TypeError, match="meta"):
         AgentTrainer(config, walk_feed(), meta=object())
+    with pytest.raises(TypeError, match="replay is a object, which has no insert"):
+        AgentTrainer(config, walk_feed(), replay=object())
     with pytest.raises(TypeError, match="policy"):
         AgentTrainer(config, walk_feed(), policy=torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match="config"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -103,6 +104,8 @@ class AgentTrainer:
         self._episode_returns = np.zeros(self.feed.num_environments)
         self._episode_lengths = np.zeros(self.feed.num_environments, np.int64)
         self._recent_returns: deque[float] = deque(maxlen=20)
+        self._mean_return: float | None = None  # of these
+        self._evaluates = True
         self._last_checkpoint: Path | None = None
 
     # The state of a run; None where the agent has no such thing ----------
@@ -165,11 +168,13 @@ class AgentTrainer:
     def train(self) -> Evaluation | None:
         """Run until `steps` of the config, evaluate, and leave a run folder; returns the last evaluation.
 
+        None, after a warning, where `evaluate` would raise: the run is then trained and not evaluated.
         The first Ctrl-C saves and returns None, the second raises KeyboardInterrupt at once. Where an
         environment raises, or gives a reward that is not finite, the run is saved and the error raised. The
         third update in a row whose loss is not finite raises LossNotFiniteError, naming the last checkpoint.
         """
         agent, total = self.agent, self.config.training.steps
+        self._evaluates = self._can_evaluate()
         with self._running() as (run, progress, interrupted):
             state = self._begin()
             while self.steps < total and not interrupted():
@@ -224,6 +229,7 @@ class AgentTrainer:
         for index in np.flatnonzero((seen.terminated | seen.truncated) & seen.stepped):
             episode_return, length = float(self._episode_returns[index]), int(self._episode_lengths[index])
             self._recent_returns.append(episode_return)
+            self._mean_return = float(np.mean(self._recent_returns))
             run.log(self.steps, {"train/episode_return": episode_return, "train/episode_length": length})
             self._episode_returns[index], self._episode_lengths[index] = 0.0, 0
             agent_state, random_key = self.agent.reset(state.random_key, state)
@@ -234,8 +240,7 @@ class AgentTrainer:
     def _report(self, steps_before: int, run: runs.Run, progress: runs.Progress) -> None:
         """Metrics, evaluation and checkpoint, each when its interval was crossed."""
         service, training = self.config.service, self.config.training
-        mean_return = float(np.mean(self._recent_returns)) if self._recent_returns else None
-        progress.update(self.steps, self.updates, mean_return)
+        progress.update(self.steps, self.updates, self._mean_return)
         if crossings(service.log_interval, steps_before, self.steps):
             run.log(self.steps, self._metrics() | progress.rates())
         if self.steps >= training.steps:
@@ -313,11 +318,7 @@ class AgentTrainer:
         if episodes < 1:
             raise ValueError(f"episodes is {episodes}; it must be at least 1")
         policy = self.policy
-        if policy is None or not callable(getattr(policy, "sample_actions", None)):
-            raise TypeError(f"{type(self.agent).__name__} has no policy with sample_actions to evaluate")
         feed = self._make_evaluation_feed()
-        if feed is None:
-            raise ValueError(f"no second {self.feed.name} can be made to evaluate on; pass evaluation_feed=")
         training_mode = policy.training
         policy.eval()
         try:
@@ -327,17 +328,30 @@ class AgentTrainer:
             policy.train(training_mode)
             feed.close()
 
-    def _make_evaluation_feed(self) -> DataFeed | None:
-        if self._evaluation_source is None:
-            return make_evaluation_feed(self.feed)
-        feed = make_feed(self._evaluation_source)
+    def _make_evaluation_feed(self) -> DataFeed:
+        """Where to evaluate. Raises as `evaluate` says."""
+        if not callable(getattr(self.policy, "sample_actions", None)):
+            raise TypeError(f"{type(self.agent).__name__} has no policy with sample_actions to evaluate")
+        source = self._evaluation_source
+        feed = make_evaluation_feed(self.feed) if source is None else make_feed(source)
+        if feed is None:
+            raise ValueError(f"no second {self.feed.name} can be made to evaluate on; pass evaluation_feed=")
         if feed.num_environments != 1:
             raise ValueError(f"evaluation_feed has {feed.num_environments} environments; it must have 1")
         return feed
 
+    def _can_evaluate(self) -> bool:
+        """Whether `evaluate` works here; warns where it does not."""
+        try:
+            self._make_evaluation_feed().close()
+        except (TypeError, ValueError) as error:
+            warnings.warn(f"training without evaluation: {error}", stacklevel=3)
+            return False
+        return True
+
     def _evaluate_into(self, run: runs.Run) -> Evaluation | None:
-        """Evaluate, log it, and keep the checkpoint if it is the best so far."""
-        if self.policy is None:
+        """Evaluate, log it, and keep the checkpoint if it is the best so far; None where it cannot be done."""
+        if not self._evaluates:
             return None
         evaluation = self.evaluate()
         returns = np.array(evaluation.returns)

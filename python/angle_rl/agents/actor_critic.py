@@ -261,8 +261,11 @@ def make_replay(
 
 
 def check_replay(replay: Any, config: AgentConfig) -> None:
-    """ValueError where a replay contradicts the config, naming both values."""
+    """ValueError where a replay contradicts the config, naming both values; TypeError where it is none."""
     hyperparameters = config.hyperparameters
+    for name in ("insert", "sample", "discount"):
+        if not hasattr(replay, name):
+            raise TypeError(f"replay is a {type(replay).__name__}, which has no {name}; it must be a ReplayBuffer")
     if replay.discount != hyperparameters.discount:
         raise ValueError(
             f"replay has discount {replay.discount}, the config {hyperparameters.discount}; they must agree"

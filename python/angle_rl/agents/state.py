@@ -37,7 +37,8 @@ class ActorCriticState:
     updates: int = 0  # updates taken
     policy_updates: int = 0  # policy steps taken
     skipped_updates: int = 0  # updates left out for a loss that was not finite
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: int = 0  # since critic and policy losses were last finite
+    policy_skipped: int = 0  # 1 if the newest policy loss was not finite
     last_update: UpdateResult | None = None  # the newest update's batch, values and losses
     engine: Engine = field(init=False)
 
@@ -47,11 +48,13 @@ def count_update(state: ActorCriticState, result: UpdateResult, policy_steps: in
     if result.finite:
         state.updates += 1
         state.policy_updates += policy_steps
-        state.skipped_in_a_row = 0
+        state.policy_skipped = 0 if policy_steps > 0 else state.policy_skipped
+        state.skipped_in_a_row = state.skipped_in_a_row if state.policy_skipped else 0
         state.last_update = result
         return
     state.skipped_updates += 1
     state.skipped_in_a_row += 1
+    state.policy_skipped = 0 if result.policy_loss is None else 1
     if state.skipped_in_a_row > SKIPS_ALLOWED:
         which = "critic loss" if result.policy_loss is None else "policy loss"
         value = float(result.critic_loss if result.policy_loss is None else result.policy_loss)
@@ -65,6 +68,7 @@ COUNTERS = (
     "policy_updates",
     "skipped_updates",
     "skipped_in_a_row",
+    "policy_skipped",
 )
 
 
