@@ -9,8 +9,10 @@ from angle_rl import AgentConfig, AgentTrainer, Hyperparameters, Service, Traini
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("agent", ["sac", "td3"])
 def test_pendulum(tmp_path, agent, seed):
+    # TD3's targets move with every second update: twice the step keeps them as quick as SAC's.
+    tau = {"sac": 0.005, "td3": 0.01}[agent]
     config = AgentConfig(
-        hyperparameters=Hyperparameters(agent=agent),
+        hyperparameters=Hyperparameters(agent=agent, tau=tau),
         training=Training(environment="Pendulum-v1", steps=10_000, seed=seed, evaluation_episodes=20),
         service=Service(run_folder=str(tmp_path)),
     )
