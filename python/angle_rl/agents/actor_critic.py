@@ -20,6 +20,7 @@ from angle_rl.engines import make_engine
 from angle_rl.engines.base import NextValues, PolicyLoss, Update
 from angle_rl.models import TwinQ
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
+from angle_rl.spaces import row_of
 from angle_rl.types import Array, Batch, RandomKey, RLState, UpdateSpec
 
 QFuture = Callable[[torch.nn.Module, Any, torch.Tensor], torch.Tensor]
@@ -149,7 +150,7 @@ class ActorCritic:
         streams = np.flatnonzero(after.stepped)
         rows = (before.observation, action, reward, after.final_observation, terminated, after.truncated)
         if len(streams) < len(after.stepped):
-            rows = tuple(take_rows(row, streams) for row in rows)
+            rows = tuple(row_of(row, streams) for row in rows)
         if len(streams) > 0:
             state.replay.insert(*rows, streams=streams)
             state.steps += len(streams)
@@ -311,12 +312,3 @@ def as_tensors(observations: Any, device: torch.device) -> Any:
         return tuple(as_tensors(value, device) for value in observations)
     tensor = torch.as_tensor(observations)
     return tensor.to(device, torch.float32 if tensor.dtype == torch.float64 else tensor.dtype)
-
-
-def take_rows(rows: Any, indices: Array) -> Any:
-    """Some rows of an array or of a nest of arrays."""
-    if isinstance(rows, dict):
-        return {name: take_rows(value, indices) for name, value in rows.items()}
-    if isinstance(rows, tuple):
-        return tuple(take_rows(value, indices) for value in rows)
-    return rows[indices]
