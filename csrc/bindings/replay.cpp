@@ -116,6 +116,32 @@ class PyReplay {
     return handles;
   }
 
+  // A batch in fresh arrays: the fields in the schema's order, then discounts, importance weights, handles and steps.
+  // NumPy's arrays rather than torch's empty: half the cost, and torch would let the interpreter's lock go each time,
+  // which hands an inserting thread its whole turn.
+  py::typing::List<py::array> sample_fresh(py::ssize_t n, double discount, double importance_exponent) {
+    const size_t fields = types_.size();
+    py::typing::List<py::array> out(fields + 4);
+    std::vector<uint8_t*> addresses(fields);
+    std::vector<py::ssize_t> shape;
+    for (size_t f = 0; f < fields; ++f) {
+      shape.assign(1, n);
+      shape.insert(shape.end(), types_[f].shape.begin(), types_[f].shape.end());
+      py::array array(types_[f].dtype, shape);
+      addresses[f] = static_cast<uint8_t*>(array.mutable_data());
+      PyList_SET_ITEM(out.ptr(), static_cast<py::ssize_t>(f), array.release().ptr());
+    }
+    const auto add = [&](size_t place, auto array) {
+      auto* const data = array.mutable_data();
+      PyList_SET_ITEM(out.ptr(), static_cast<py::ssize_t>(fields + place), array.release().ptr());
+      return data;
+    };
+    const SampleOut request{addresses.data(), add(0, py::array_t<float>(n)), add(1, py::array_t<float>(n)),
+                            add(2, py::array_t<int64_t>(n)), add(3, py::array_t<int64_t>(n))};
+    draw(static_cast<size_t>(n), discount, importance_exponent, request);
+    return out;
+  }
+
   void sample(size_t n, double discount, double importance_exponent,
               const py::typing::Tuple<py::int_, py::ellipsis>& field_addresses, uintptr_t discounts,
               uintptr_t importance_weights, uintptr_t handles, uintptr_t steps) {
@@ -132,9 +158,7 @@ class PyReplay {
     }
     const SampleOut out{addresses, reinterpret_cast<float*>(discounts), reinterpret_cast<float*>(importance_weights),
                         reinterpret_cast<int64_t*>(handles), reinterpret_cast<int64_t*>(steps)};
-    std::optional<py::gil_scoped_release> released;
-    if (n * replay_->record().record_bytes > kLongWorkBytes) released.emplace();
-    replay_->sample(n, discount, importance_exponent, out);
+    draw(n, discount, importance_exponent, out);
   }
 
   size_t update(uintptr_t handles, uintptr_t td_errors, bool is_double, size_t n) {
@@ -204,6 +228,12 @@ class PyReplay {
   uint64_t default_weight() const { return replay_->default_weight(); }
 
  private:
+  void draw(size_t n, double discount, double importance_exponent, const SampleOut& out) {
+    std::optional<py::gil_scoped_release> released;
+    if (n * replay_->record().record_bytes > kLongWorkBytes) released.emplace();
+    replay_->sample(n, discount, importance_exponent, out);
+  }
+
   // Sets pointers_[f]; false: leave it to the facade.
   bool take_column(size_t f, py::handle value, py::ssize_t& n, bool& single) {
     const FieldType& type = types_[f];
@@ -330,6 +360,7 @@ void bind_replay(py::module_& m) {
       .def("sample", &PyReplay::sample, py::arg("n"), py::arg("discount"), py::arg("importance_exponent"),
            py::arg("field_addresses"), py::arg("discounts"), py::arg("importance_weights"), py::arg("handles"),
            py::arg("steps"))
+      .def("sample_fresh", &PyReplay::sample_fresh, py::arg("n"), py::arg("discount"), py::arg("importance_exponent"))
       .def("update", &PyReplay::update, py::arg("handles"), py::arg("td_errors"), py::arg("is_double"), py::arg("n"))
       .def("stats", &PyReplay::stats)
       .def("weights", &PyReplay::weights)

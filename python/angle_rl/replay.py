@@ -131,7 +131,6 @@ class ReplayBuffer:
         self._flat = self.schema.observation_structure is None and self.schema.action_structure is None
         self._torch_dtypes = [torch.from_numpy(np.empty(0, f.dtype)).dtype for f in fields]
         self._importance_exponent: ImportanceExponent = 0.0
-        self._sizes: tuple[int, list[tuple[tuple[int, ...], torch.dtype]]] = (-1, [])
         self._checked_out: tuple[Batch | None, tuple[int, ...]] = (None, ())
 
     def __len__(self) -> int:
@@ -274,28 +273,23 @@ class ReplayBuffer:
         if device is not None:
             return self._sample_to(torch.device(device), batch_size, discount, importance_exponent, out)
         if out is None:
-            tensors = self._allocate(batch_size)
-            batch, addresses = self._assemble(tensors), [t.data_ptr() for t in tensors]
-        else:
-            batch, addresses = out, self._addresses(out, batch_size)
+            arrays = self._core.sample_fresh(batch_size, discount, importance_exponent)
+            return self._assemble([torch.from_numpy(array) for array in arrays])
+        self._fill(self._addresses(out, batch_size), batch_size, discount, importance_exponent)
+        return out
+
+    def _fill(self, addresses: list[int], n: int, discount: float, importance_exponent: float) -> None:
         fields = len(self._torch_dtypes)
-        self._core.sample(batch_size, discount, importance_exponent, tuple(addresses[:fields]), *addresses[fields:])
-        return batch
+        self._core.sample(n, discount, importance_exponent, tuple(addresses[:fields]), *addresses[fields:])
 
     def _scheduled(self, schedule: Callable[[int], float]) -> float:
         return _check_number("importance_exponent", float(schedule(self._core.stats()["inserts"])), 0.0)
 
-    def _allocate(self, n: int, pin_memory: bool = False) -> list[torch.Tensor]:
-        """Fields in the schema's order, then discounts, importance weights, handles, steps."""
-        if self._sizes[0] != n:
-            shapes: list[tuple[int, ...]] = [(n, *f.shape) for f in self.schema.fields]
-            sizes = list(zip(shapes, self._torch_dtypes, strict=True))
-            sizes += [((n,), torch.float32)] * 2 + [((n,), torch.int64)] * 2
-            self._sizes = (n, sizes)
-        empty = torch.empty
-        if pin_memory:
-            return [empty(size, dtype=dtype, pin_memory=True) for size, dtype in self._sizes[1]]
-        return [empty(size, dtype=dtype) for size, dtype in self._sizes[1]]
+    def _sizes(self, n: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor of a batch: the schema's fields, discounts, importance weights, handles, steps."""
+        shapes: list[tuple[int, ...]] = [(n, *f.shape) for f in self.schema.fields]
+        sizes = list(zip(shapes, self._torch_dtypes, strict=True))
+        return [*sizes, *[((n,), torch.float32)] * 2, *[((n,), torch.int64)] * 2]
 
     def _assemble(self, tensors: list[torch.Tensor]) -> Batch:
         if self._flat:
@@ -324,8 +318,7 @@ class ReplayBuffer:
             return addresses
         names = [f.name for f in self.schema.fields]
         names += ["discounts", "importance_weights", "handles", "steps"]
-        self._allocate(n)
-        for name, leaf, (size, dtype) in zip(names, leaves, self._sizes[1], strict=True):
+        for name, leaf, (size, dtype) in zip(names, leaves, self._sizes(n), strict=True):
             fits = tuple(leaf.shape) == size and leaf.dtype == dtype
             if not fits or not leaf.is_contiguous() or leaf.device.type != "cpu":
                 raise ValueError(
@@ -342,10 +335,9 @@ class ReplayBuffer:
     ) -> Batch:
         if out is not None:
             raise ValueError("out and device are both given; out is filled where it is, so leave one of them out")
-        tensors = self._allocate(n, pin_memory=device.type == "cuda")
-        addresses = [t.data_ptr() for t in tensors]
-        fields = len(self._torch_dtypes)
-        self._core.sample(n, discount, importance_exponent, tuple(addresses[:fields]), *addresses[fields:])
+        pinned = device.type == "cuda"
+        tensors = [torch.empty(size, dtype=dtype, pin_memory=pinned) for size, dtype in self._sizes(n)]
+        self._fill([t.data_ptr() for t in tensors], n, discount, importance_exponent)
         return self._assemble([t.to(device, non_blocking=True) for t in tensors])
 
     def export_state(self) -> tuple[dict[str, Array], dict[str, Any]]:
