@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import logging
 import warnings
 from collections.abc import Callable
@@ -334,6 +335,7 @@ def why_not(kind: Callable[[int], Library], attempt: Callable[[Callable[[int], L
             attempt(kind)
     except Exception as failure:
         text = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        text = re.sub(r"/\S*/", "", text)  # file names without this machine's folders
         text = text if len(text) <= 200 else text[:200] + " ..."
         return f"{getattr(kind, '__name__', kind)}: {text}"
     return None
