@@ -25,6 +25,7 @@ FLOORS = [
     ["schema", "replay"],
     ["ops"],
     ["models"],
+    ["function_feed"],
     ["feed"],
     ["runs"],
     ["engines"],

@@ -30,6 +30,17 @@ inline Lanes multiply_low(Lanes a, uint64_t factor) {
 #endif
 }
 
+// The first four lanes of a and b in turn, then the last four.
+inline void interleave(Lanes a, Lanes b, Lanes* out) {
+#if defined(__clang__)
+  out[0] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  out[1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  out[0] = __builtin_shuffle(a, b, Lanes{0, 8, 1, 9, 2, 10, 3, 11});
+  out[1] = __builtin_shuffle(a, b, Lanes{4, 12, 5, 13, 6, 14, 7, 15});
+#endif
+}
+
 // Sixteen Philox blocks side by side, each word in a 64-bit lane: one multiplication serves eight blocks, and two sets
 // of eight keep the multiplier busy.
 void philox_draws(uint64_t key, uint64_t counter, uint64_t stream, uint64_t* out, size_t n) {
@@ -59,8 +70,7 @@ void philox_draws(uint64_t key, uint64_t counter, uint64_t stream, uint64_t* out
     Lanes bits[2 * kSets];
     for (size_t set = 0; set < kSets; ++set) {
       const Lanes low = c0[set] | c1[set] << 32, high = c2[set] | c3[set] << 32;
-      bits[2 * set] = __builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11);
-      bits[2 * set + 1] = __builtin_shufflevector(low, high, 4, 12, 5, 13, 6, 14, 7, 15);
+      interleave(low, high, bits + 2 * set);
     }
     memcpy(out + start, bits, (n - start < kDraws ? n - start : kDraws) * sizeof(uint64_t));
   }

@@ -286,7 +286,7 @@ class ReplayBuffer:
         return _check_number("importance_exponent", float(schedule(self._core.stats()["inserts"])), 0.0)
 
     def _sizes(self, n: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor of a batch: the schema's fields, discounts, importance weights, handles, steps."""
+        """Shape and dtype of a batch's tensors: the schema's fields, discounts, importance weights, handles, steps."""
         shapes: list[tuple[int, ...]] = [(n, *f.shape) for f in self.schema.fields]
         sizes = list(zip(shapes, self._torch_dtypes, strict=True))
         return [*sizes, *[((n,), torch.float32)] * 2, *[((n,), torch.int64)] * 2]

@@ -51,6 +51,18 @@ class EnvironmentState(NamedTuple):
     stepped: Array  # [n] bool: False where this was a reset and no transition took place
 
 
+def reset_state(observation: Any, n: int) -> EnvironmentState:
+    """What ``n`` environments show after a reset: ``observation`` ``[n, ...]``, no reward, nothing ended."""
+    return EnvironmentState(
+        observation=observation,
+        reward=np.zeros(n, dtype=np.float64),
+        terminated=np.zeros(n, dtype=np.bool_),
+        truncated=np.zeros(n, dtype=np.bool_),
+        final_observation=observation,
+        stepped=np.zeros(n, dtype=np.bool_),
+    )
+
+
 @dataclass(frozen=True)
 class RandomKey:
     """A splittable, counter-based source of randomness (Philox4x32-10). Use each key once: to split, or to draw."""

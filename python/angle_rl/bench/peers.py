@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
