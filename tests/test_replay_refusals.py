@@ -79,9 +79,10 @@ def test_nan_observations_are_stored_and_counted():
     observations, actions, rewards, successors, ended = rows([0, 1, 2])
     observations[1, 2] = np.nan
     successors[1, 0] = np.nan
+    successors[2, 1] = np.nan
     buffer.insert(observations, actions, rewards, successors, ended)
     assert len(buffer) == 3
-    assert buffer.stats()["nan_observations"] == 1
+    assert buffer.stats()["nan_observations"] == 2
 
 
 @pytest.mark.parametrize("kind", [ReplayBuffer, PrioritizedReplayBuffer])

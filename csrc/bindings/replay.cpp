@@ -313,22 +313,32 @@ class PyReplay {
     }
   }
 
+  // How many of the n rows from `first` on hold a NaN in field f.
+  size_t nan_rows(size_t f, size_t first, size_t n) const {
+    const size_t width = types_[f].elements;
+    switch (types_[f].dtype.char_()) {
+      case 'f':
+        return kernels().replay.nan_rows_f32(reinterpret_cast<const float*>(pointers_[f]) + first * width, n, width);
+      case 'd':
+        return kernels().replay.nan_rows_f64(reinterpret_cast<const double*>(pointers_[f]) + first * width, n, width);
+      default:
+        return 0;
+    }
+  }
+
   // Rows whose observations or next observations hold a NaN. Fields come observations first, next observations last.
   size_t count_nan(size_t n) const {
-    size_t most = 0;
-    for (size_t f = 0; f < types_.size(); ++f) {
-      const bool observation = f < observation_fields_ || f >= types_.size() - observation_fields_;
-      const char type = types_[f].dtype.char_();
-      if (!observation || (type != 'f' && type != 'd')) continue;
-      size_t rows = 0;
-      if (type == 'f') {
-        rows = kernels().replay.nan_rows_f32(reinterpret_cast<const float*>(pointers_[f]), n, types_[f].elements);
-      } else {
-        rows = kernels().replay.nan_rows_f64(reinterpret_cast<const double*>(pointers_[f]), n, types_[f].elements);
+    const auto in_observations = [&](size_t first, size_t rows) {
+      size_t found = 0;
+      for (size_t f = 0; f < observation_fields_; ++f) {
+        found += nan_rows(f, first, rows) + nan_rows(types_.size() - 1 - f, first, rows);
       }
-      most = std::max(most, rows);
-    }
-    return most;
+      return found;
+    };
+    if (in_observations(0, n) == 0) return 0;  // as nearly always
+    size_t rows = 0;
+    for (size_t row = 0; row < n; ++row) rows += in_observations(row, 1) != 0;
+    return rows;
   }
 
   size_t observation_fields_;
