@@ -403,7 +403,11 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
   kernels().replay.powers(s.reals.data(), n, options_.priority_exponent);
   uint64_t saturated = 0;
   for (size_t i = 0; i < n; ++i) s.weights[i] = to_fixed(s.reals[i], &saturated);
-  for (size_t i = 0; i < n; ++i) s.slots[i] = static_cast<uint64_t>(handles[i]) % options_.capacity;
+  for (size_t i = 0; i < n; ++i) {
+    const uint64_t ticket = static_cast<uint64_t>(handles[i]), lap = ticket / options_.capacity;
+    s.slots[i] = ticket - lap * options_.capacity;
+    s.words[i] = (lap + 1) & tree_.code.lap_mask;  // as in lap_of
+  }
 
   const LeafCode& code = tree_.code;
   constexpr size_t kAhead = 8;
@@ -419,7 +423,7 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
     for (size_t i = 0; i < n; ++i) {
       if (i + kAhead < n) tree_.prefetch(s.slots[i + kAhead]);
       const uint64_t ticket = static_cast<uint64_t>(handles[i]);
-      const uint64_t lap = lap_of(ticket), next = code.with_lap(lap) | code.computed | s.weights[i];
+      const uint64_t lap = s.words[i], next = code.with_lap(lap) | code.computed | s.weights[i];
       std::atomic<uint64_t>& leaf = tree_.leaf(s.slots[i]);
       uint64_t word = leaf.load(std::memory_order_relaxed);
       bool written = false;

@@ -274,7 +274,8 @@ class ReplayBuffer:
             return self._sample_to(torch.device(device), batch_size, discount, importance_exponent, out)
         if out is None:
             arrays = self._core.sample_fresh(batch_size, discount, importance_exponent)
-            return self._assemble([torch.from_numpy(array) for array in arrays])
+            tensors = map(torch.from_numpy, arrays)
+            return Batch._make(tensors) if self._flat else self._assemble(list(tensors))
         self._fill(self._addresses(out, batch_size), batch_size, discount, importance_exponent)
         return out
 
@@ -292,9 +293,6 @@ class ReplayBuffer:
         return [*sizes, *[((n,), torch.float32)] * 2, *[((n,), torch.int64)] * 2]
 
     def _assemble(self, tensors: list[torch.Tensor]) -> Batch:
-        if self._flat:
-            observations, actions, rewards, successors, discounts, weights, handles, steps = tensors
-            return Batch(observations, actions, rewards, successors, discounts, weights, handles, steps)
         left = list(tensors)
         observations = unflatten(self.schema.observation_structure, left)
         actions = unflatten(self.schema.action_structure, left)
