@@ -237,9 +237,8 @@ class PyReplay {
   // Sets pointers_[f]; false: leave it to the facade.
   bool take_column(size_t f, py::handle value, py::ssize_t& n, bool& single) {
     const FieldType& type = types_[f];
-    if (type.shape.empty() && single) {
-      const double number = PyFloat_Check(value.ptr()) ? PyFloat_AS_DOUBLE(value.ptr()) : std::nan("");
-      if (PyFloat_Check(value.ptr())) return take_scalar(f, number);
+    if (type.shape.empty() && single && PyFloat_Check(value.ptr())) {
+      return take_scalar(f, PyFloat_AS_DOUBLE(value.ptr()));
     }
     if (!py::isinstance<py::array>(value)) return false;
     const auto array = py::reinterpret_borrow<py::array>(value);
