@@ -1,8 +1,7 @@
-"""Replay buffers over the compiled core: :class:`PrioritizedReplayBuffer` and :class:`ReplayBuffer`."""
+"""The uniform buffer, which the prioritised one builds on."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -11,56 +10,12 @@ import numpy as np
 import torch
 
 from angle_rl import _core
+from angle_rl.replay.arrays import as_array, check_integer, check_number, column, require_memory
 from angle_rl.schema import Schema, flatten, make_schema, unflatten
 from angle_rl.types import Array, Batch
 
 ImportanceExponent: TypeAlias = "float | Callable[[int], float]"
 """A number, or a schedule from the number of rows inserted so far to a number."""
-
-
-def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name} is {value!r}; it must be a number")
-    if not low <= value <= high or math.isinf(value):
-        raise ValueError(
-            f"{name} is {value}; it must be finite, at least {low}"
-            + (f" and at most {high}" if high < math.inf else "")
-        )
-    return float(value)
-
-
-def _check_integer(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} is {value!r}; it must be an integer")
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}; it must be between {low} and {high}")
-    return int(value)
-
-
-def _available_memory() -> int:
-    """Bytes that this process may still take: what the system has free, within the control group's limit."""
-    available = 2**63
-    try:
-        with open("/proc/meminfo") as lines:
-            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            text = limit.read().strip()
-            if text != "max":
-                available = min(available, int(text) - int(used.read()))
-    except (OSError, StopIteration):
-        pass
-    return available
-
-
-def _as_array(name: str, value: Any) -> Array:
-    if isinstance(value, torch.Tensor):
-        if value.device.type != "cpu":
-            raise ValueError(f"{name} is on the device {value.device}; insert takes host memory ('cpu')")
-        value = value.detach().numpy()
-    array = np.asarray(value)
-    if array.dtype == object:
-        raise TypeError(f"{name} is {type(value).__name__}; it must be an array")
-    return array
 
 
 class ReplayBuffer:
@@ -107,17 +62,12 @@ class ReplayBuffer:
         priority_epsilon: float,
     ) -> None:
         self.schema = make_schema(schema, observation_space, action_space)
-        self.discount = _check_number("discount", discount, 0.0, 1.0)
-        capacity = _check_integer("capacity", capacity, 1, 2**63 - 1)
-        seed = _check_integer("seed", seed, 0, 2**64 - 1)
+        self.discount = check_number("discount", discount, 0.0, 1.0)
+        capacity = check_integer("capacity", capacity, 1, 2**63 - 1)
+        seed = check_integer("seed", seed, 0, 2**64 - 1)
         fields = self.schema.fields
         row = sum(int(np.prod(f.shape, dtype=object)) * f.dtype.itemsize for f in fields)
-        needed, available = capacity * (row + 32), _available_memory()
-        if needed > available:
-            raise MemoryError(
-                f"capacity is {capacity} rows, which need {needed / 2**30:.1f} GiB; "
-                f"{available / 2**30:.1f} GiB are available"
-            )
+        require_memory(capacity, row + 32)
         self._core = _core.Replay(
             capacity,
             [(f.name, f.dtype, list(f.shape)) for f in fields],
@@ -205,34 +155,21 @@ class ReplayBuffer:
         flatten("actions", schema.action_structure, actions, values)
         values.append(rewards)
         flatten("next_observations", schema.observation_structure, next_observations, values)
-        first, first_field = _as_array("observations", values[0]), schema.observations[0]
+        first, first_field = as_array("observations", values[0]), schema.observations[0]
         batched = first.ndim == len(first_field.shape) + 1
         n = first.shape[0] if batched else 1
         columns = tuple(
-            self._column(f.name, value, f.shape, f.dtype, n, batched)
-            for f, value in zip(schema.fields, values, strict=True)
+            column(f.name, value, f.shape, f.dtype, n, batched) for f, value in zip(schema.fields, values, strict=True)
         )
         flag = np.dtype(np.bool_)
-        ended = self._column("terminated", terminated, (), flag, n, batched)
-        cut = None if truncated is None else self._column("truncated", truncated, (), flag, n, batched)
+        ended = column("terminated", terminated, (), flag, n, batched)
+        cut = None if truncated is None else column("truncated", truncated, (), flag, n, batched)
         if streams is not None:
-            streams = self._column("streams", streams, (), np.dtype(np.int64), n, batched)
+            streams = column("streams", streams, (), np.dtype(np.int64), n, batched)
         handles: Array | None = self._core.insert(columns, ended, cut, streams)
         if handles is None:
             raise RuntimeError("the core refused arrays that the facade had converted; please report this")
         return handles
-
-    @staticmethod
-    def _column(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], n: int, batched: bool) -> Array:
-        array = _as_array(name, value)
-        expected = (n, *shape) if batched else shape
-        if array.shape != expected:
-            one_or_many = f"{shape} for one row, (n, {', '.join(map(str, shape))}{',' if shape else ''}) for n"
-            raise ValueError(f"{name} has the shape {array.shape}; expected {expected} ({one_or_many})")
-        if not np.can_cast(array.dtype, dtype, "same_kind"):
-            raise TypeError(f"{name} has the dtype {array.dtype}, which does not convert to {dtype}")
-        with np.errstate(over="ignore"):
-            return np.ascontiguousarray(array.reshape(n, *shape), dtype=dtype)
 
     def sample(
         self,
@@ -263,13 +200,13 @@ class ReplayBuffer:
         "Prioritized experience replay", 2016, section 3.4).
         """
         if type(batch_size) is not int or not 0 < batch_size < 2**31:
-            batch_size = _check_integer("batch_size", batch_size, 1, 2**31 - 1)
-        discount = self.discount if discount is None else _check_number("discount", discount, 0.0, 1.0)
+            batch_size = check_integer("batch_size", batch_size, 1, 2**31 - 1)
+        discount = self.discount if discount is None else check_number("discount", discount, 0.0, 1.0)
         if importance_exponent is None:
             exponent = self._importance_exponent
             importance_exponent = exponent if isinstance(exponent, float) else self._scheduled(exponent)
         else:
-            importance_exponent = _check_number("importance_exponent", importance_exponent, 0.0)
+            importance_exponent = check_number("importance_exponent", importance_exponent, 0.0)
         if device is not None:
             return self._sample_to(torch.device(device), batch_size, discount, importance_exponent, out)
         if out is None:
@@ -284,7 +221,7 @@ class ReplayBuffer:
         self._core.sample(n, discount, importance_exponent, tuple(addresses[:fields]), *addresses[fields:])
 
     def _scheduled(self, schedule: Callable[[int], float]) -> float:
-        return _check_number("importance_exponent", float(schedule(self._core.stats()["inserts"])), 0.0)
+        return check_number("importance_exponent", float(schedule(self._core.stats()["inserts"])), 0.0)
 
     def _sizes(self, n: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of a batch's tensors: the schema's fields, discounts, importance weights, handles, steps."""
@@ -364,109 +301,3 @@ class ReplayBuffer:
             if name not in arrays:
                 raise ValueError(f"the saved replay lacks the array {name!r}")
         self._core.restore(np.ascontiguousarray(arrays["index"]), np.ascontiguousarray(arrays["records"]))
-
-
-class PrioritizedReplayBuffer(ReplayBuffer):
-    """Prioritised replay (Schaul et al., "Prioritized experience replay", 2016): ``P(i) = w_i / sum(w)`` with
-    ``w = (td_error + priority_epsilon) ** priority_exponent`` in fixed point (unit 2**-20).
-
-    The weights are integers and their sums exact: at rest, whatever came before, rows are drawn with exactly their
-    share. A row's priority can never land on the row that overwrote it. New rows take the largest priority computed by
-    :meth:`update_priorities` for a row that still lives (at most 3.2 % high in weight), 1 before any update.
-
-    Args beside those of :class:`ReplayBuffer`:
-        priority_exponent: at least 0; 0 draws uniformly.
-        importance_exponent: at least 0, or a schedule ``f(rows inserted so far) -> number``.
-        priority_epsilon: at least 0, added to every td_error.
-    """
-
-    _prioritized = True
-
-    def __init__(
-        self,
-        capacity: int,
-        schema: Mapping[str, Any] | Sequence[Any] | Schema | None = None,
-        *,
-        observation_space: gym.Space[Any] | None = None,
-        action_space: gym.Space[Any] | None = None,
-        priority_exponent: float = 0.6,
-        importance_exponent: ImportanceExponent = 0.4,
-        priority_epsilon: float = 1e-6,
-        discount: float = 0.99,
-        stratified: bool = True,
-        seed: int = 0,
-    ) -> None:
-        self.priority_exponent = _check_number("priority_exponent", priority_exponent, 0.0)
-        self.priority_epsilon = _check_number("priority_epsilon", priority_epsilon, 0.0)
-        if not callable(importance_exponent):
-            importance_exponent = _check_number("importance_exponent", importance_exponent, 0.0)
-        self._build(
-            capacity,
-            schema,
-            observation_space,
-            action_space,
-            discount,
-            stratified,
-            seed,
-            self.priority_exponent,
-            self.priority_epsilon,
-        )
-        self._importance_exponent = importance_exponent
-
-    def update_priorities(self, handles: Any, td_errors: Any) -> int:
-        """Give rows new priorities.
-
-        Args:
-            handles: int64 ``[n]``, from :meth:`insert` or ``Batch.handles``. Of equal handles the last one wins.
-            td_errors: float32 or float64 ``[n]``, finite and not negative: |target - estimate|, mean over critics.
-
-        Returns:
-            How many handles were refused because their row has been overwritten since.
-
-        Raises:
-            ValueError: a NaN, infinite or negative td_error (the first bad index is named), a handle that was never
-                issued, unequal lengths. Nothing is changed then.
-
-        Arrays and CPU tensors that are contiguous go in without a copy; CUDA tensors are copied to the host.
-        Any thread.
-        """
-        if not (
-            type(handles) is torch.Tensor
-            and handles.dtype is torch.int64
-            and handles.is_cpu
-            and handles.is_contiguous()
-        ):
-            handles = self._host("handles", handles)
-            if not np.can_cast(handles.numpy().dtype, np.int64, "same_kind") and handles.numel() > 0:
-                raise TypeError(f"handles has the dtype {handles.dtype}; handles are int64")
-            handles = handles.to(torch.int64)
-        if not (
-            type(td_errors) is torch.Tensor
-            and td_errors.dtype is torch.float32
-            and td_errors.is_cpu
-            and td_errors.is_contiguous()
-        ):
-            td_errors = self._host("td_errors", td_errors)
-            if td_errors.dtype not in (torch.float32, torch.float64):
-                if td_errors.dtype.is_complex or td_errors.dtype == torch.bool:
-                    raise TypeError(f"td_errors has the dtype {td_errors.dtype}; td_errors are real numbers")
-                td_errors = td_errors.to(torch.float64)
-        if handles.dim() != 1 or handles.shape != td_errors.shape:
-            raise ValueError(
-                f"handles has the shape {tuple(handles.shape)} and td_errors {tuple(td_errors.shape)}; both "
-                "must be (n,)"
-            )
-        return self._core.update(
-            handles.data_ptr(), td_errors.data_ptr(), td_errors.dtype == torch.float64, handles.numel()
-        )
-
-    @staticmethod
-    def _host(name: str, value: Any) -> torch.Tensor:
-        if isinstance(value, torch.Tensor):
-            if value.device.type not in ("cpu", "cuda"):
-                raise ValueError(f"{name} is on the device {value.device}; it must be on cpu or cuda")
-            return value.detach().cpu().contiguous()
-        array = np.ascontiguousarray(value)
-        if array.dtype.kind not in "fiub":
-            raise TypeError(f"{name} has the dtype {array.dtype}; it must be numbers")
-        return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -1,0 +1,93 @@
+"""Arguments of the buffers: numbers and arrays checked, named where they do not fit, and converted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from angle_rl.types import Array
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    """``value`` as a float in [low, high]; TypeError or ValueError, naming the argument, where it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+    if not low <= value <= high or math.isinf(value):
+        raise ValueError(
+            f"{name} is {value}; it must be finite, at least {low}"
+            + (f" and at most {high}" if high < math.inf else "")
+        )
+    return float(value)
+
+
+def check_integer(name: str, value: Any, low: int, high: int) -> int:
+    """``value`` as an int in [low, high]; TypeError or ValueError, naming the argument, where it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} is {value!r}; it must be an integer")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must be between {low} and {high}")
+    return int(value)
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: what the system has free, within the control group's limit."""
+    available = 2**63
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            text = limit.read().strip()
+            if text != "max":
+                available = min(available, int(text) - int(used.read()))
+    except (OSError, StopIteration):
+        pass
+    return available
+
+
+def require_memory(rows: int, row_bytes: int) -> None:
+    """Raises MemoryError where ``rows`` of ``row_bytes`` are more than this process may still take."""
+    needed, available = rows * row_bytes, available_memory()
+    if needed > available:
+        raise MemoryError(
+            f"capacity is {rows} rows, which need {needed / 2**30:.1f} GiB; {available / 2**30:.1f} GiB are available"
+        )
+
+
+def as_array(name: str, value: Any) -> Array:
+    """``value`` as an array of numbers in host memory, without a copy where it is one."""
+    if isinstance(value, torch.Tensor):
+        if value.device.type != "cpu":
+            raise ValueError(f"{name} is on the device {value.device}; insert takes host memory ('cpu')")
+        value = value.detach().numpy()
+    array = np.asarray(value)
+    if array.dtype == object:
+        raise TypeError(f"{name} is {type(value).__name__}; it must be an array")
+    return array
+
+
+def column(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], n: int, batched: bool) -> Array:
+    """``n`` rows of one field, contiguous and of its dtype; checked as ``insert`` promises."""
+    array = as_array(name, value)
+    expected = (n, *shape) if batched else shape
+    if array.shape != expected:
+        one_or_many = f"{shape} for one row, (n, {', '.join(map(str, shape))}{',' if shape else ''}) for n"
+        raise ValueError(f"{name} has the shape {array.shape}; expected {expected} ({one_or_many})")
+    if not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise TypeError(f"{name} has the dtype {array.dtype}, which does not convert to {dtype}")
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array.reshape(n, *shape), dtype=dtype)
+
+
+def host(name: str, value: Any) -> torch.Tensor:
+    """Numbers as a contiguous tensor in host memory."""
+    if isinstance(value, torch.Tensor):
+        if value.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{name} is on the device {value.device}; it must be on cpu or cuda")
+        return value.detach().cpu().contiguous()
+    array = np.ascontiguousarray(value)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name} has the dtype {array.dtype}; it must be numbers")
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
