@@ -44,7 +44,7 @@ class PyReplay {
   PyReplay(uint64_t capacity, const std::vector<std::tuple<std::string, py::dtype, std::vector<py::ssize_t>>>& fields,
            size_t observation_fields, bool prioritized, bool stratified, double priority_exponent,
            double priority_epsilon, uint64_t seed)
-      : observation_fields_(observation_fields) {
+      : observation_fields_(observation_fields), stratified_(stratified) {
     std::vector<Field> layout;
     for (const auto& [name, dtype, shape] : fields) {
       size_t elements = 1;
@@ -54,16 +54,17 @@ class PyReplay {
       layout.push_back({name, static_cast<uint32_t>(dtype.itemsize()),
                         bytes > UINT32_MAX ? UINT32_MAX : static_cast<uint32_t>(bytes)});
     }
+    while (types_.at(reward_field_).name != "rewards") ++reward_field_;
     ReplayOptions options;
     options.capacity = capacity;
     options.prioritized = prioritized;
-    options.stratified = stratified;
     options.priority_exponent = priority_exponent;
     options.priority_epsilon = priority_epsilon;
     options.seed = seed;
-    replay_ = std::make_unique<Replay>(options, RecordLayout(std::move(layout)));
-    reward_field_ = 0;
-    while (types_.at(reward_field_).name != "rewards") ++reward_field_;
+    RowRoles roles;
+    roles.observations = observation_fields;
+    roles.reward = reward_field_;
+    replay_ = std::make_unique<Replay>(options, RecordLayout(std::move(layout), roles));
   }
 
   // Inserts when every argument can be taken as it is or by a plain conversion; otherwise returns None and changes
@@ -210,14 +211,13 @@ class PyReplay {
     }
     const auto& saved = *reinterpret_cast<const SegmentHeader*>(index.data());
     replay_->check_header(saved);
-    const uint64_t rows = std::min<uint64_t>(saved.next_ticket.load(), replay_->capacity());
+    const uint64_t rows = std::min<uint64_t>(saved.next_ticket, replay_->capacity());
     if (record_bytes != rows * layout.record_bytes) {
       throw std::invalid_argument("the saved replay's records have " + std::to_string(record_bytes) + " bytes; its " +
                                   std::to_string(rows) + " rows need " + std::to_string(rows * layout.record_bytes));
     }
     std::memcpy(replay_->segment(), index.data(), index_bytes);
     std::memcpy(replay_->segment() + layout.records_at, records.data(), record_bytes);
-    replay_->adopt_seed();
   }
 
   uint64_t size() const { return replay_->size(); }
@@ -225,13 +225,18 @@ class PyReplay {
   uint64_t bytes() const { return replay_->bytes(); }
   size_t record_bytes() const { return replay_->record().record_bytes; }
   bool sums_are_exact() const { return replay_->sums_are_exact(); }
-  uint64_t default_weight() const { return replay_->default_weight(); }
+  uint64_t default_weight() const { return replay_->default_weight().weight; }
 
  private:
   void draw(size_t n, double discount, double importance_exponent, const SampleOut& out) {
     std::optional<py::gil_scoped_release> released;
     if (n * replay_->record().record_bytes > kLongWorkBytes) released.emplace();
-    replay_->sample(n, discount, importance_exponent, out);
+    SampleRequest request;
+    request.n = n;
+    request.discount = discount;
+    request.importance_exponent = importance_exponent;
+    request.stratified = stratified_;
+    replay_->sample(request, out);
   }
 
   // Sets pointers_[f]; false: leave it to the facade.
@@ -341,8 +346,9 @@ class PyReplay {
   }
 
   size_t observation_fields_;
+  bool stratified_;
   std::vector<FieldType> types_;
-  size_t reward_field_;
+  size_t reward_field_ = 0;
   std::vector<Column> columns_;
   std::vector<const uint8_t*> pointers_;
   std::unique_ptr<Replay> replay_;

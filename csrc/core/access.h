@@ -14,7 +14,30 @@
 
 namespace angle {
 
+// A word of shared memory. Every operation on one, by any thread or process, goes through here.
+template <class T>
+struct AtomicWord {
+  T* at;
+
+  T load(std::memory_order order) const { return __atomic_load_n(at, static_cast<int>(order)); }
+  void store(T value, std::memory_order order) const { __atomic_store_n(at, value, static_cast<int>(order)); }
+  T exchange(T value, std::memory_order order) const { return __atomic_exchange_n(at, value, static_cast<int>(order)); }
+  T fetch_add(T value, std::memory_order order) const { return __atomic_fetch_add(at, value, static_cast<int>(order)); }
+  T fetch_sub(T value, std::memory_order order) const { return __atomic_fetch_sub(at, value, static_cast<int>(order)); }
+  bool compare_exchange_weak(T& expected, T desired, std::memory_order success, std::memory_order failure) const {
+    return __atomic_compare_exchange_n(at, &expected, desired, true, static_cast<int>(success),
+                                       static_cast<int>(failure));
+  }
+  bool compare_exchange_strong(T& expected, T desired, std::memory_order success, std::memory_order failure) const {
+    return __atomic_compare_exchange_n(at, &expected, desired, false, static_cast<int>(success),
+                                       static_cast<int>(failure));
+  }
+};
+
 struct VectorAccess {
+  template <class T>
+  using Word = AtomicWord<T>;
+
   static int64_t prefix_sums(const int64_t* nodes, size_t n, int64_t* prefix) {
     return kernels().replay.prefix_sums(nodes, n, prefix);
   }
@@ -33,12 +56,24 @@ struct VectorAccess {
   static void barrier() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 };
 
-struct WordAccess {
-  static int64_t load_node(const int64_t* node) { return __atomic_load_n(node, __ATOMIC_RELAXED); }
-  static uint64_t load_node(const uint64_t* node) { return __atomic_load_n(node, __ATOMIC_ACQUIRE); }
+// Templated on the word, so that tests can put a scheduler under every racing access.
+template <template <class> class WordType>
+struct WordAccessT {
+  template <class T>
+  using Word = WordType<T>;
+
+  static int64_t load_node(const int64_t* node) { return word(node).load(std::memory_order_relaxed); }
+  static uint64_t load_node(const uint64_t* node) { return word(node).load(std::memory_order_acquire); }
 
   static int64_t prefix_sums(const int64_t* nodes, size_t n, int64_t* prefix) {
-    return baseline::table.replay.prefix_sums(nodes, n, prefix);  // already reads by atomic words
+    int64_t total = 0;
+    for (size_t i = 0; i < n; ++i) {
+      const int64_t sum = load_node(nodes + i);
+      total += sum > 0 ? sum : 0;
+      prefix[i] = total;
+    }
+    for (size_t i = n; i % 8 != 0; ++i) prefix[i] = INT64_MAX;
+    return total;
   }
   static void descend(const int64_t* level, size_t fan, size_t count, uint64_t* index, int64_t* target) {
     descend_words<int64_t>(level, fan, ~0ull, count, index, target, nullptr);
@@ -52,7 +87,7 @@ struct WordAccess {
     for (size_t i = 0; i < count; ++i) {
       if (slots[i] == kLost) continue;
       for (size_t f = 0; f < field_count; ++f) {
-        copy_words<true>(fields[f].out + i * fields[f].bytes, records + slots[i] * record_bytes + fields[f].offset,
+        copy_words<true>(fields[f].out + i * fields[f].stride, records + slots[i] * record_bytes + fields[f].offset,
                          fields[f].bytes, fields[f].offset);
       }
     }
@@ -64,20 +99,25 @@ struct WordAccess {
   static void barrier() {}
 
  private:
-  template <class Word>
-  static void descend_words(const Word* level, size_t fan, uint64_t mask, size_t count, uint64_t* index,
+  template <class T>
+  static WordType<T> word(const T* at) {
+    return {const_cast<T*>(at)};
+  }
+
+  template <class Node>
+  static void descend_words(const Node* level, size_t fan, uint64_t mask, size_t count, uint64_t* index,
                             int64_t* target, uint64_t* words) {
     for (size_t i = 0; i < count; ++i) {
       if (index[i] == kLost) continue;
-      const Word* node = level + index[i] * fan;
+      const Node* node = level + index[i] * fan;
       uint64_t found = kLost;
       for (size_t child = 0; child < fan; ++child) {
-        const Word word = load_node(node + child);
-        int64_t share = static_cast<int64_t>(static_cast<uint64_t>(word) & mask);
+        const Node value = load_node(node + child);
+        int64_t share = static_cast<int64_t>(static_cast<uint64_t>(value) & mask);
         if (share < 0) share = 0;
         if (target[i] < share) {
           found = index[i] * fan + child;
-          if (words != nullptr) words[i] = static_cast<uint64_t>(word);
+          if (words != nullptr) words[i] = static_cast<uint64_t>(value);
           break;
         }
         target[i] -= share;
@@ -86,16 +126,16 @@ struct WordAccess {
     }
   }
 
-  template <class Word, bool kLoad>
+  template <class Piece, bool kLoad>
   static size_t copy_as(uint8_t* out, const uint8_t* in, size_t done, size_t bytes) {
-    for (; done + sizeof(Word) <= bytes; done += sizeof(Word)) {
-      Word word;
+    for (; done + sizeof(Piece) <= bytes; done += sizeof(Piece)) {
+      Piece piece;
       if constexpr (kLoad) {
-        word = __atomic_load_n(reinterpret_cast<const Word*>(in + done), __ATOMIC_ACQUIRE);
-        std::memcpy(out + done, &word, sizeof word);
+        piece = word(reinterpret_cast<const Piece*>(in + done)).load(std::memory_order_acquire);
+        std::memcpy(out + done, &piece, sizeof piece);
       } else {
-        std::memcpy(&word, in + done, sizeof word);
-        __atomic_store_n(reinterpret_cast<Word*>(out + done), word, __ATOMIC_RELEASE);
+        std::memcpy(&piece, in + done, sizeof piece);
+        word(reinterpret_cast<Piece*>(out + done)).store(piece, std::memory_order_release);
       }
     }
     return done;
@@ -110,6 +150,8 @@ struct WordAccess {
     copy_as<uint8_t, kLoad>(out, in, done, bytes);
   }
 };
+
+using WordAccess = WordAccessT<AtomicWord>;
 
 #if defined(ANGLE_WORD_ACCESS)
 using DefaultAccess = WordAccess;

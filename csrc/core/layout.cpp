@@ -1,10 +1,7 @@
 #include "core/layout.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <bit>
-#include <new>
 #include <stdexcept>
 
 namespace angle {
@@ -24,8 +21,15 @@ uint64_t fnv1a(uint64_t hash, const void* data, size_t bytes) {
 
 }  // namespace
 
-RecordLayout::RecordLayout(std::vector<Field> fields_in) : fields(std::move(fields_in)) {
+RecordLayout::RecordLayout(std::vector<Field> fields_in, const RowRoles& roles_in)
+    : fields(std::move(fields_in)), roles(roles_in) {
   schema_hash = 0xCBF29CE484222325ull;
+  const uint64_t shape[] = {roles.observations, roles.reward, roles.share_successors};
+  schema_hash = fnv1a(schema_hash, shape, sizeof shape);
+  if (2 * roles.observations > fields.size() || (roles.share_successors && roles.observations == 0)) {
+    throw std::invalid_argument("a row of " + std::to_string(fields.size()) + " fields cannot have " +
+                                std::to_string(roles.observations) + " observations and as many successors");
+  }
   std::vector<size_t> order;
   for (size_t i = 0; i < fields.size(); ++i) {
     const Field& field = fields[i];
@@ -37,24 +41,47 @@ RecordLayout::RecordLayout(std::vector<Field> fields_in) : fields(std::move(fiel
       throw std::invalid_argument("field '" + field.name + "' has elements of " + std::to_string(field.itemsize) +
                                   " bytes; they must have 1, 2, 4 or 8 and divide the row");
     }
+    if (field.frames == 0 || field.bytes % (field.frames * static_cast<uint64_t>(field.itemsize)) != 0 ||
+        (field.frames > 1 && !(roles.share_successors && (i < roles.observations || is_successor(i))))) {
+      throw std::invalid_argument("field '" + field.name + "' cannot be a stack of " + std::to_string(field.frames) +
+                                  " frames: only observations with shared successors are, in equal frames");
+    }
+    if (field.frames > 1 && stack > 1 && field.frames != stack) {
+      throw std::invalid_argument("field '" + field.name + "' is a stack of " + std::to_string(field.frames) +
+                                  " frames, another one of " + std::to_string(stack) + "; they must be equal");
+    }
+    stack = std::max(stack, field.frames);
     schema_hash = fnv1a(schema_hash, field.name.data(), field.name.size() + 1);
-    schema_hash = fnv1a(schema_hash, &field.itemsize, sizeof field.itemsize);
-    schema_hash = fnv1a(schema_hash, &field.bytes, sizeof field.bytes);
-    order.push_back(i);
+    const uint32_t numbers[] = {field.itemsize, field.bytes, field.frames};
+    schema_hash = fnv1a(schema_hash, numbers, sizeof numbers);
+    if (!(roles.share_successors && is_successor(i))) order.push_back(i);
+  }
+  for (size_t f = 0; f < roles.observations; ++f) {
+    const Field &own = fields[f], &next = fields[successor_of(f)];
+    if (own.bytes != next.bytes || own.itemsize != next.itemsize || own.frames != next.frames) {
+      throw std::invalid_argument("field '" + next.name + "' differs in size from '" + own.name + "'");
+    }
+  }
+  if (roles.reward != SIZE_MAX && (roles.reward >= fields.size() || fields[roles.reward].bytes > 8)) {
+    throw std::invalid_argument("the reward must be one number among the row's fields");
   }
   const auto alignment = [this](size_t i) -> uint32_t {
     // Long rows of small elements are copied by whole words.
-    return fields[i].itemsize < 4 && fields[i].bytes >= kLine ? 8 : fields[i].itemsize;
+    return fields[i].itemsize < 4 && fields[i].kept() >= kLine ? 8 : fields[i].itemsize;
   };
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return alignment(a) > alignment(b); });
-  uint64_t end = kHeader;
+  if (stack > 1) header_bytes = 32;
+  uint64_t end = header_bytes;
   for (const size_t i : order) {
     end = round_up(end, alignment(i));
     fields[i].offset = static_cast<uint32_t>(end);
-    end += fields[i].bytes;
+    end += fields[i].kept();
     if (end > kLargestField) {
       throw std::invalid_argument("a row has more than " + std::to_string(kLargestField) + " bytes");
     }
+  }
+  if (roles.share_successors) {
+    for (size_t f = 0; f < roles.observations; ++f) fields[successor_of(f)].offset = fields[f].offset;
   }
   record_bytes = round_up(end, kLine);
 }
@@ -90,11 +117,12 @@ uint64_t checked_capacity(uint64_t capacity, size_t record_bytes) {
 
 }  // namespace
 
-SegmentLayout::SegmentLayout(uint64_t capacity_in, const RecordLayout& record)
+SegmentLayout::SegmentLayout(uint64_t capacity_in, const RecordLayout& record, uint64_t meta_bytes)
     : tree(checked_capacity(capacity_in, record.record_bytes)),
       capacity(capacity_in),
       record_bytes(record.record_bytes) {
-  uint64_t end = round_up(sizeof(SegmentHeader), kLine);
+  meta_at = round_up(sizeof(SegmentHeader), kLine);
+  uint64_t end = round_up(meta_at + meta_bytes, kLine);
   streams_at = end;
   end += kStreams * sizeof(uint64_t);
   leaves_at = end;
@@ -106,16 +134,5 @@ SegmentLayout::SegmentLayout(uint64_t capacity_in, const RecordLayout& record)
   records_at = end;
   total_bytes = end + capacity * record_bytes;
 }
-
-Memory::Memory(size_t bytes) : bytes_(bytes) {
-  void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) throw std::bad_alloc();
-  data_ = static_cast<uint8_t*>(mapped);
-#if defined(MADV_HUGEPAGE)
-  madvise(data_, bytes_, MADV_HUGEPAGE);  // fewer TLB misses in random reads; a refusal costs nothing but speed
-#endif
-}
-
-Memory::~Memory() { munmap(data_, bytes_); }
 
 }  // namespace angle

@@ -1,7 +1,7 @@
 // Where everything lies: fields within a record, parts within the segment. Offsets only, never pointers, so that a
 // segment can be mapped anywhere and by several processes.
 #pragma once
-#include <atomic>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -13,23 +13,58 @@ constexpr size_t kLine = 64;
 
 struct Field {
   std::string name;
-  uint32_t itemsize;  // bytes of one element: 1, 2, 4 or 8
-  uint32_t bytes;     // bytes of the whole field in one row
+  uint32_t itemsize;    // bytes of one element: 1, 2, 4 or 8
+  uint32_t bytes;       // bytes of the whole field in one row, as callers see it
+  uint32_t frames = 1;  // above 1: a stack of as many frames, oldest first, of which a record keeps the newest
   uint32_t offset = 0;
+
+  uint32_t kept() const { return bytes / frames; }  // bytes in a record
 };
 
-// A record: header (ticket, next, stream and end flags: three 64-bit words), then the fields, widest elements first,
-// padded to whole cache lines.
+// Which fields the replay itself reads.
+struct RowRoles {
+  size_t observations = 0;        // the first fields; as many last ones are their successors, in the same order
+  size_t reward = SIZE_MAX;       // one float32 or float64, summed over n steps; SIZE_MAX: none
+  bool share_successors = false;  // successors are not kept but read from the stream's next record
+};
+
+// A record: header, then the fields, widest elements first, padded to whole cache lines.
 struct RecordLayout {
-  static constexpr uint32_t kTicket = 0, kNext = 8, kStreamAndEnd = 16, kHeader = 24;
+  // Header, 64-bit words. Lap and stream: lap << 16 | stream. Next: ticket of the stream's next record, its own while
+  // there is none. State: see RecordState. Previous, only with stacks: ticket of the record with the frame before, its
+  // own where the oldest frame repeats.
+  static constexpr uint32_t kLapAndStream = 0, kNext = 8, kState = 16, kPrevious = 24;
 
   // Fields keep their order in `fields`; only their offsets follow the alignment.
-  // Throws std::invalid_argument for an empty field, an itemsize that is no power of two up to 8, a row over 1 GiB.
-  explicit RecordLayout(std::vector<Field> fields_in);
+  // Throws std::invalid_argument for an empty field, an itemsize that is no power of two up to 8, a row over 1 GiB,
+  // successors unlike their observations, or stacks without shared successors.
+  explicit RecordLayout(std::vector<Field> fields_in, const RowRoles& roles_in = {});
+
+  // The field that holds the successor of observation field f, in callers' rows.
+  size_t successor_of(size_t f) const { return fields.size() - roles.observations + f; }
+  bool is_successor(size_t f) const { return f >= fields.size() - roles.observations; }
 
   std::vector<Field> fields;
+  RowRoles roles;
+  uint32_t stack = 1;  // most frames of any field
+  uint32_t header_bytes = 24;
   size_t record_bytes = 0;
-  uint64_t schema_hash = 0;  // FNV-1a over names, itemsizes and bytes
+  uint64_t schema_hash = 0;  // FNV-1a over roles, names, itemsizes, bytes and frames
+};
+
+// A record's state word: priority (float32; negative: removed) << 32 | lap's low 28 bits << 4 | flags. The lap makes a
+// compare-and-swap on it fail once the record belongs to another row.
+struct RecordState {
+  static constexpr uint64_t kTerminated = 1, kTruncated = 2, kTagMask = (1u << 28) - 1;
+
+  static uint64_t of(float priority, uint64_t lap, uint64_t flags) {
+    return static_cast<uint64_t>(std::bit_cast<uint32_t>(priority)) << 32 | (lap & kTagMask) << 4 | flags;
+  }
+  static float priority(uint64_t state) { return std::bit_cast<float>(static_cast<uint32_t>(state >> 32)); }
+  static bool has_lap(uint64_t state, uint64_t lap) { return (state >> 4 & kTagMask) == (lap & kTagMask); }
+  static uint64_t with_priority(uint64_t state, float priority) {
+    return static_cast<uint64_t>(std::bit_cast<uint32_t>(priority)) << 32 | (state & 0xFFFFFFFFull);
+  }
 };
 
 // The tree's shape: leaves in groups of 2**shift[0], those in groups of 2**shift[1], ... up to at most kMaxTop nodes.
@@ -42,68 +77,69 @@ struct TreeShape {
   uint64_t nodes[kMaxLevels]{};   // nodes of level i that carry rows; level levels - 1 is the top
   uint64_t padded[kMaxLevels]{};  // length of level i's array
   uint64_t leaves_padded = 0;
-  uint32_t weight_bits = 0;  // a leaf is lap | computed | busy | weight; capacity * 2**weight_bits < 2**62
+  uint32_t weight_bits = 0;  // a leaf is lap | state | weight; capacity * 2**weight_bits < 2**62
 };
 
 constexpr uint32_t kStreams = 1u << 16;
 constexpr size_t kBuckets = 62 * 32;
 
-// First bytes of a segment. The first part never changes after creation; each counter that threads write has a line.
+// What new rows weigh.
+enum class DefaultPriority : uint64_t { kLiveMaximum, kHistoricMaximum, kGiven };
+
+// First bytes of a segment, plain words: whatever changes after creation is touched through the Access's atomic words.
+// The first part never changes; each group of counters that threads write has a line.
 struct SegmentHeader {
   static constexpr uint64_t kMagic = 0x59414C5045524C41ull;  // "ALREPLAY"
-  static constexpr uint32_t kVersion = 1;
+  static constexpr uint64_t kVersion = 2;
 
   uint64_t magic;
-  uint32_t version;
-  uint32_t prioritized;
+  uint64_t version;
+  uint64_t prioritized;
   uint64_t schema_hash;
   uint64_t capacity;
   uint64_t record_bytes;
   uint64_t segment_bytes;
+  uint64_t meta_bytes;
   uint64_t seed;
+  double priority_epsilon;
+  uint64_t default_kind;    // a DefaultPriority
+  double default_priority;  // of kGiven
+  uint64_t ready;           // 1 once all of the above is written
 
-  alignas(kLine) std::atomic<uint64_t> next_ticket;
-  alignas(kLine) std::atomic<uint64_t> sample_calls;
-  alignas(kLine) std::atomic<uint64_t> inserts;           // rows published
-  std::atomic<uint64_t> busy_slots;                       // tickets given up because their slot was being written
-  std::atomic<uint64_t> nan_observations;                 // rows whose observations hold a NaN
-  alignas(kLine) std::atomic<uint64_t> samples;           // rows returned
-  std::atomic<uint64_t> retries;                          // draws repeated
-  alignas(kLine) std::atomic<uint64_t> updates;           // priorities written
-  std::atomic<uint64_t> refused_updates;                  // handles whose row was overwritten
-  std::atomic<uint64_t> saturated_weights;                // weights cut to the largest that a leaf holds
-  alignas(kLine) std::atomic<uint64_t> highest_bucket;    // no bucket above this one holds a row
-  alignas(kLine) std::atomic<int64_t> buckets[kBuckets];  // live rows by computed weight, 32 buckets an octave
+  alignas(kLine) uint64_t next_ticket;
+  alignas(kLine) uint64_t sample_calls;
+  alignas(kLine) uint64_t inserts;              // rows published
+  uint64_t busy_slots;                          // tickets given up because their slot was being written
+  uint64_t opened;                              // records begun with an observation alone, where successors are shared
+  uint64_t nan_observations;                    // rows whose observations hold a NaN
+  uint64_t rows;                                // rows that live, kept with shared successors only
+  alignas(kLine) uint64_t samples;              // rows returned
+  uint64_t retries;                             // draws repeated
+  uint64_t ages;                                // sum over rows returned of tickets issued since their own
+  alignas(kLine) uint64_t updates;              // priorities written
+  uint64_t refused_updates;                     // handles whose row was overwritten or removed
+  uint64_t saturated_weights;                   // weights cut to the largest that a leaf holds
+  uint64_t removed;                             // rows removed
+  alignas(kLine) uint64_t exponent;             // bits of the priority exponent, a float64
+  alignas(kLine) uint64_t highest_bucket;       // no bucket of computed weights above this one holds a row
+  uint64_t historic_maximum;                    // bits of the largest priority ever computed, a float32
+  alignas(kLine) int64_t buckets[2][kBuckets];  // live rows of positive weight, default and computed, by weight
 };
 
 // The parts of a segment, in bytes from its start, each on a cache line of its own.
 struct SegmentLayout {
   // Throws std::invalid_argument when capacity is 0 or so large that offsets would pass 2**62 bytes.
-  SegmentLayout(uint64_t capacity, const RecordLayout& record);
+  SegmentLayout(uint64_t capacity, const RecordLayout& record, uint64_t meta_bytes = 0);
 
   TreeShape tree;
   uint64_t capacity;
   size_t record_bytes;
-  uint64_t streams_at;  // uint64 ticket + 1 of the newest row of each stream, 0 for none
+  uint64_t meta_at;     // text of the caller
+  uint64_t streams_at;  // uint64 ticket + 1 of the newest record of each stream, 0 for none
   uint64_t leaves_at;
   uint64_t sums_at[TreeShape::kMaxLevels];
   uint64_t records_at;
   uint64_t total_bytes;
-};
-
-// Owns zeroed anonymous memory on whole pages. Throws std::bad_alloc when the system refuses.
-class Memory {
- public:
-  explicit Memory(size_t bytes);
-  ~Memory();
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  uint8_t* data() const { return data_; }
-  size_t bytes() const { return bytes_; }
-
- private:
-  uint8_t* data_;
-  size_t bytes_;
 };
 
 }  // namespace angle

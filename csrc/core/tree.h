@@ -10,24 +10,28 @@
 
 namespace angle {
 
-// A leaf word: lap | computed | busy | weight. The lap is the row's generation (0: never written) and its sequence
-// lock; busy: the row is being written and weighs nothing; computed: the weight came from update_priorities.
+// A leaf word: lap | state | weight. The lap is the row's generation (0: never written) and its sequence lock. States:
+// a row whose weight is the default or was computed by update_priorities; busy: the row is being written and weighs
+// nothing; held: the record keeps an observation alone, is whole, and weighs nothing.
 struct LeafCode {
+  enum State : uint64_t { kDefault = 0, kComputed = 1, kBusy = 2, kHeld = 3 };
+
   explicit LeafCode(uint32_t weight_bits_in)
       : weight_bits(weight_bits_in),
         weight_mask((1ull << weight_bits_in) - 1),
-        busy(1ull << weight_bits_in),
-        computed(2ull << weight_bits_in),
         lap_mask(~0ull >> (weight_bits_in + 2)) {}
 
   uint64_t weight(uint64_t leaf) const { return leaf & weight_mask; }
   uint64_t lap(uint64_t leaf) const { return leaf >> (weight_bits + 2); }
-  uint64_t with_lap(uint64_t lap_in) const { return lap_in << (weight_bits + 2); }
-  bool is_busy(uint64_t leaf) const { return (leaf & busy) != 0; }
-  bool is_computed(uint64_t leaf) const { return (leaf & computed) != 0; }
+  State state(uint64_t leaf) const { return static_cast<State>(leaf >> weight_bits & 3); }
+  bool is_row(uint64_t leaf) const { return state(leaf) <= kComputed; }
+  uint64_t make(uint64_t lap_in, State state_in, uint64_t weight_in) const {
+    return (lap_in & lap_mask) << (weight_bits + 2) | state_in << weight_bits | weight_in;
+  }
+  bool has_lap(uint64_t leaf, uint64_t lap_in) const { return lap(leaf) == (lap_in & lap_mask); }
 
   uint32_t weight_bits;
-  uint64_t weight_mask, busy, computed, lap_mask;
+  uint64_t weight_mask, lap_mask;
 };
 
 // Weights by size in buckets of 1/32 octave, so that the largest live one is known to 3.2 %.
@@ -37,7 +41,12 @@ struct WeightBuckets {
     const int octave = 63 - __builtin_clzll(weight);
     return static_cast<size_t>(octave) * 32 + ((weight << (63 - octave)) >> 58 & 31);
   }
-  // The largest weight of a bucket. O(1).
+  // The least and the largest weight of a bucket. O(1).
+  static uint64_t lower_edge(size_t bucket) {
+    const size_t octave = bucket / 32;
+    const uint64_t lead = 32 + bucket % 32;
+    return octave >= 5 ? lead << (octave - 5) : (lead + (1ull << (5 - octave)) - 1) >> (5 - octave);
+  }
   static uint64_t upper_edge(size_t bucket) {
     const size_t octave = bucket / 32;
     const uint64_t lead = 32 + bucket % 32;
@@ -54,7 +63,9 @@ class PriorityTree {
   }
 
   // The leaf of a slot. Any thread.
-  std::atomic<uint64_t>& leaf(uint64_t slot) const { return reinterpret_cast<std::atomic<uint64_t>*>(leaves_)[slot]; }
+  typename Access::template Word<uint64_t> leaf(uint64_t slot) const {
+    return {reinterpret_cast<uint64_t*>(leaves_) + slot};
+  }
   // Inlined by force: gcc takes a function that only prefetches for one without effect and drops the calls.
   __attribute__((always_inline)) void prefetch(uint64_t slot) const {
     __builtin_prefetch(leaves_ + slot * sizeof(uint64_t), 1);
@@ -123,6 +134,11 @@ class PriorityTree {
   }
 
   const TreeShape& shape() const { return shape_; }
+  // A node's sum. Any thread.
+  typename Access::template Word<int64_t> sum(size_t level, uint64_t node) const {
+    return {reinterpret_cast<int64_t*>(sums_[level]) + node};
+  }
+  const int64_t* sums(size_t level) const { return reinterpret_cast<const int64_t*>(sums_[level]); }
 
  private:
   const TreeShape shape_;
@@ -131,10 +147,6 @@ class PriorityTree {
   const LeafCode code;
 
  private:
-  const int64_t* sums(size_t level) const { return reinterpret_cast<const int64_t*>(sums_[level]); }
-  std::atomic<int64_t>& sum(size_t level, uint64_t node) const {
-    return reinterpret_cast<std::atomic<int64_t>*>(sums_[level])[node];
-  }
   __attribute__((always_inline)) static void prefetch_node(const uint8_t* children, uint64_t node, uint32_t shift) {
     if (node == kLost) return;
     const uint8_t* first = children + (node << shift) * sizeof(uint64_t);

@@ -302,7 +302,7 @@ void gather(const uint8_t* records, size_t record_bytes, const uint64_t* slots, 
     if (slots[i] == kLost) continue;
     const uint8_t* record = records + slots[i] * record_bytes;
     for (size_t f = 0; f < field_count; ++f) {
-      uint8_t* out = fields[f].out + i * fields[f].bytes;
+      uint8_t* out = fields[f].out + i * fields[f].stride;
       if (fields[f].bytes <= kLarge) {
         copy_bytes(out, record + fields[f].offset, fields[f].bytes);
       } else {

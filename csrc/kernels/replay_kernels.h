@@ -9,11 +9,12 @@ namespace angle {
 
 constexpr uint64_t kLost = ~0ull;  // index of a draw that met fewer weight than the sums above promised
 
-// One field of a record on its way out: `bytes` at `offset` of row i go to out + i * bytes.
+// One field of a record on its way out: `bytes` at `offset` of row i go to out + i * stride.
 struct FieldCopy {
   uint8_t* out;
   uint32_t offset;
   uint32_t bytes;
+  uint64_t stride;
 };
 
 struct ReplayKernels {

@@ -65,11 +65,14 @@ void insert_values(ReplayT<Access>& replay, const std::vector<uint32_t>& values,
 }
 
 template <class Access>
-void draw(ReplayT<Access>& replay, Drawn& drawn, double importance_exponent = 0.4) {
+void draw(ReplayT<Access>& replay, Drawn& drawn, double importance_exponent = 0.4, bool stratified = true) {
   const auto out = drawn.rows.out();
-  replay.sample(
-      drawn.handles.size(), 0.99, importance_exponent,
-      {out.data(), drawn.discounts.data(), drawn.importance_weights.data(), drawn.handles.data(), drawn.steps.data()});
+  SampleRequest request;
+  request.n = drawn.handles.size();
+  request.importance_exponent = importance_exponent;
+  request.stratified = stratified;
+  replay.sample(request, {out.data(), drawn.discounts.data(), drawn.importance_weights.data(), drawn.handles.data(),
+                          drawn.steps.data()});
 }
 
 }  // namespace angle::testing

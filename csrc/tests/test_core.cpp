@@ -28,7 +28,7 @@ TEST_CASE("fields are aligned to their elements and do not overlap") {
   std::vector<int> used(record.record_bytes, 0);
   for (const Field& field : record.fields) {
     CHECK(field.offset % field.itemsize == 0);
-    CHECK(field.offset >= RecordLayout::kHeader);
+    CHECK(field.offset >= record.header_bytes);
     for (uint32_t i = 0; i < field.bytes; ++i) CHECK(++used[field.offset + i] == 1);
   }
 }

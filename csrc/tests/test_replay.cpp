@@ -89,13 +89,13 @@ TEST_CASE("a bad priority or handle changes nothing") {
 TEST_CASE("new rows weigh as much as the largest computed priority that still lives") {
   Replay replay(options(4), row_layout());
   std::vector<int64_t> handles;
-  CHECK(replay.default_weight() == static_cast<uint64_t>(std::llround(std::pow(1 + 1e-6, 0.6) * Replay::kUnit)));
+  CHECK(replay.default_weight().weight == static_cast<uint64_t>(std::llround(std::pow(1 + 1e-6, 0.6) * Replay::kUnit)));
   insert_values(replay, range(0, 4), handles);
   const std::vector<double> td_errors{1000, 2, 3, 0.5};
   replay.update(handles.data(), td_errors.data(), 4);
   const auto near = [&](double priority) {
     const double ratio =
-        static_cast<double>(replay.default_weight()) / (std::pow(priority + 1e-6, 0.6) * Replay::kUnit);
+        static_cast<double>(replay.default_weight().weight) / (std::pow(priority + 1e-6, 0.6) * Replay::kUnit);
     return ratio >= 1.0 - 1e-9 && ratio <= 1.05;
   };
   CHECK(near(1000));
@@ -221,13 +221,12 @@ TEST_CASE("the same seed draws the same rows, with words and with vectors") {
 TEST_CASE("a uniform buffer draws every row alike") {
   ReplayOptions o = options(100);
   o.prioritized = false;
-  o.stratified = false;
   Replay replay(o, row_layout());
   std::vector<int64_t> handles;
   insert_values(replay, range(0, 60), handles);
   std::vector<int> count(100, 0);
   Drawn drawn(60000);
-  draw(replay, drawn);
+  draw(replay, drawn, 0.4, false);
   for (size_t i = 0; i < drawn.handles.size(); ++i) {
     CHECK_FALSE(drawn.handles[i] >= 60);
     ++count[static_cast<size_t>(drawn.handles[i])];

@@ -8,8 +8,12 @@ UNIT = 2.0**20
 
 
 def fixed_weight(td_error: np.ndarray, exponent: float, epsilon: float, weight_bits: int = 40) -> np.ndarray:
-    """``(td_error + epsilon) ** exponent`` in units of 2**-20, rounded; a positive weight is at least one unit."""
-    exact = (np.asarray(td_error, np.float64) + epsilon) ** exponent * UNIT
+    """``(td_error + epsilon) ** exponent`` in units of 2**-20, rounded; a positive weight is at least one unit.
+
+    Priorities are kept in float32; a positive one is never rounded to 0."""
+    priority = np.asarray(td_error, np.float32).astype(np.float64)
+    priority = np.where((np.asarray(td_error) > 0) & (priority == 0), 2.0**-149, priority)
+    exact = (priority + epsilon) ** exponent * UNIT
     rounded = np.floor(np.minimum(exact, 2.0**weight_bits - 1) + 0.5)
     return np.where((exact > 0) & (rounded == 0), 1, rounded).astype(np.int64)
 

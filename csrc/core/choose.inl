@@ -1,0 +1,211 @@
+// ReplayT: which rows a batch draws. Included by sample.inl.
+#pragma once
+#include <algorithm>
+#include <string>
+
+#include "core/replay.h"
+#include "core/scratch.inl"
+
+namespace angle {
+
+// The rows that a batch without replacement has taken, and what they weighed, by node: private, so that the shared sums
+// stay as they are.
+template <class Access>
+class ReplayT<Access>::Overlay {
+ public:
+  Overlay(size_t n, const TreeShape& shape_in) : shape(shape_in) {
+    size_t places = 16;
+    while (places < 2 * n * (shape.levels + 1)) places *= 2;
+    keys.assign(places, 0);
+    taken.assign(places, 0);
+  }
+  bool has(uint64_t slot) const { return keys[place(0, slot)] != 0; }
+  // What rows below this node (level 0: the leaves) have taken of its sum.
+  int64_t at(size_t level, uint64_t node) const { return taken[place(level, node)]; }
+  void take(uint64_t slot, uint64_t weight) {
+    add(0, slot, weight);
+    uint64_t node = slot;
+    for (size_t level = 0; level < shape.levels; ++level) {
+      node >>= shape.shift[level];
+      add(level + 1, node, weight);
+    }
+  }
+
+ private:
+  size_t place(size_t level, uint64_t node) const {
+    const uint64_t key = key_of(level, node);
+    size_t at = (key * 0x9E3779B97F4A7C15ull) >> 20 & (keys.size() - 1);
+    while (keys[at] != 0 && keys[at] != key) at = (at + 1) & (keys.size() - 1);
+    return at;
+  }
+  void add(size_t level, uint64_t node, uint64_t weight) {
+    const size_t at = place(level, node);
+    keys[at] = key_of(level, node);
+    taken[at] += static_cast<int64_t>(weight);
+  }
+  static uint64_t key_of(size_t level, uint64_t node) { return (static_cast<uint64_t>(level) + 1) << 48 | node; }
+
+  const TreeShape& shape;
+  std::vector<uint64_t> keys;
+  std::vector<int64_t> taken;
+};
+
+// Draw i's place in [0, total): with strata floor((i + u) * total / n), else floor(u * total), u = bits / 2**64. A row
+// of weight w owns w consecutive places, so its chance differs from w / total by less than 2**-63.
+template <class Access>
+uint64_t ReplayT<Access>::target_of(uint64_t bits, uint64_t total, bool stratified, size_t i, size_t n) {
+  const uint64_t within = static_cast<uint64_t>((static_cast<unsigned __int128>(bits) * total) >> 64);
+  if (!stratified) return within;
+  const unsigned __int128 start = static_cast<unsigned __int128>(total) * i;
+  return static_cast<uint64_t>(start / n) + (static_cast<uint64_t>(start % n) + within) / n;
+}
+
+template <class Access>
+void ReplayT<Access>::choose(const SampleRequest& request, uint64_t total, Scratch& s) {
+  const size_t n = request.n;
+  if (total == 0) {
+    std::fill_n(s.slots.begin(), n, kLost);
+    return;
+  }
+  if (request.stratified) {
+    // target_of, with the strata's starts carried along instead of divided anew.
+    const uint64_t whole = total / n, rest = total % n;
+    const int shift = (n & (n - 1)) == 0 ? __builtin_ctzll(n) : -1;
+    uint64_t start = 0, remainder = 0;
+    for (size_t i = 0; i < n; ++i) {
+      const uint64_t within =
+          remainder + static_cast<uint64_t>((static_cast<unsigned __int128>(s.bits[i]) * total) >> 64);
+      s.targets[i] = static_cast<int64_t>(start + (shift >= 0 ? within >> shift : within / n));
+      start += whole;
+      remainder += rest;
+      if (remainder >= n) {
+        remainder -= n;
+        ++start;
+      }
+    }
+  } else {
+    for (size_t i = 0; i < n; ++i) s.targets[i] = static_cast<int64_t>(target_of(s.bits[i], total, false, i, n));
+  }
+  if (prioritized()) {
+    tree_.find(s.prefix.data(), request.stratified, n, s.targets.data(), s.slots.data(), s.words.data());
+  } else {
+    for (size_t i = 0; i < n; ++i) s.slots[i] = static_cast<uint64_t>(s.targets[i]);
+    for (size_t i = 0; i < n; ++i) {
+      if (i + 16 < n) tree_.prefetch(s.slots[i + 16]);
+      s.words[i] = tree_.leaf(s.slots[i]).load(std::memory_order_acquire);
+    }
+  }
+}
+
+// One draw anew: false where it met no row, as under weight in flight.
+template <class Access>
+bool ReplayT<Access>::choose_again(const SampleRequest& request, size_t i, uint64_t bits, Overlay* overlay,
+                                   Scratch& s) {
+  if (!prioritized()) {
+    s.slots[i] = target_of(bits, slots_in_use(), request.stratified && overlay == nullptr, i, request.n);
+    s.words[i] = tree_.leaf(s.slots[i]).load(std::memory_order_acquire);
+    return usable(s.slots[i], s.words[i]) && (overlay == nullptr || !overlay->has(s.slots[i]));
+  }
+  if (overlay == nullptr) {
+    const int64_t total = tree_.top_prefix(s.prefix.data());
+    if (total <= 0) return false;
+    s.targets[i] =
+        static_cast<int64_t>(target_of(bits, static_cast<uint64_t>(total), request.stratified, i, request.n));
+    tree_.find(s.prefix.data(), false, 1, &s.targets[i], &s.slots[i], &s.words[i]);
+    return usable(s.slots[i], s.words[i]);
+  }
+  const TreeShape& shape = tree_.shape();
+  const auto left = [&](size_t level, uint64_t node) {  // of a node's sum, when the rows taken are left out
+    const int64_t sum =
+        level == 0
+            ? static_cast<int64_t>(tree_.code.weight(s.words[i] = tree_.leaf(node).load(std::memory_order_acquire)))
+            : tree_.sum(level - 1, node).load(std::memory_order_relaxed);
+    return std::max<int64_t>(sum - overlay->at(level, node), 0);
+  };
+  int64_t total = 0;
+  for (uint64_t node = 0; node < tree_.top_nodes(); ++node) {
+    total += left(shape.levels, node);
+    s.prefix[node] = total;
+  }
+  if (total <= 0) return false;
+  int64_t target = static_cast<int64_t>(target_of(bits, static_cast<uint64_t>(total), false, i, request.n));
+  uint64_t node = static_cast<uint64_t>(
+      std::upper_bound(s.prefix.begin(), s.prefix.begin() + static_cast<ptrdiff_t>(tree_.top_nodes()), target) -
+      s.prefix.begin());
+  if (node > 0) target -= s.prefix[node - 1];
+  for (size_t level = shape.levels; level-- > 0;) {
+    const uint64_t first = node << shape.shift[level], end = first + (1ull << shape.shift[level]);
+    for (node = first; node < end; ++node) {
+      const int64_t share = left(level, node);
+      if (target < share) break;
+      target -= share;
+    }
+    if (node == end) return false;
+  }
+  s.slots[i] = node;
+  return usable(node, s.words[i]) && !overlay->has(node);
+}
+
+// Any row at all, from a random place on.
+template <class Access>
+bool ReplayT<Access>::choose_by_scan(size_t i, uint64_t bits, Overlay* overlay, Scratch& s) {
+  const uint64_t slots = slots_in_use(), first = bits % slots;
+  for (uint64_t step = 0; step < slots; ++step) {
+    s.slots[i] = (first + step) % slots;
+    s.words[i] = tree_.leaf(s.slots[i]).load(std::memory_order_acquire);
+    if (usable(s.slots[i], s.words[i]) && (overlay == nullptr || !overlay->has(s.slots[i]))) return true;
+  }
+  return false;
+}
+
+namespace {
+
+constexpr uint64_t kAttempts = 64;
+
+// Bits of draw i's attempt, counted from 1; attempt 0 is the batch's own.
+inline uint64_t bits_of(uint64_t seed, uint64_t call, uint64_t attempt, size_t i) {
+  const PhiloxBlock block = philox(seed, call, (kSample | attempt << 8) + (static_cast<uint64_t>(i / 2) << 32));
+  return i % 2 == 0 ? block.low() : block.high();
+}
+
+[[noreturn]] inline void too_few(size_t n, size_t found) {
+  throw NothingToSample("batch_size is " + std::to_string(n) + ", but only " + std::to_string(found) +
+                        " rows have positive weight; draw fewer, or with replacement");
+}
+
+}  // namespace
+
+// Without replacement: a draw that met a row already taken is made again among the others. That is the same as drawing
+// one after the other from what is left.
+template <class Access>
+void ReplayT<Access>::choose_distinct(const SampleRequest& request, uint64_t call, Overlay& overlay, Scratch& s) {
+  if (!prioritized() && 2 * request.n > slots_in_use()) return choose_permuted(request, call, overlay, s);
+  for (size_t i = 0; i < request.n; ++i) {
+    bool found = usable(s.slots[i], s.words[i]) && !overlay.has(s.slots[i]);
+    uint64_t bits = 0;
+    for (uint64_t attempt = 1; !found && attempt <= kAttempts; ++attempt) {
+      bits = bits_of(header().seed, call, attempt, i);
+      found = choose_again(request, i, bits, &overlay, s);
+    }
+    if (!found && !choose_by_scan(i, bits, &overlay, s)) too_few(request.n, i);
+    overlay.take(s.slots[i], tree_.code.weight(s.words[i]));
+  }
+}
+
+// A uniform batch of most rows: the beginning of a random permutation of them all.
+template <class Access>
+void ReplayT<Access>::choose_permuted(const SampleRequest& request, uint64_t call, Overlay& overlay, Scratch& s) {
+  std::vector<uint64_t> rows;
+  for (uint64_t slot = 0; slot < slots_in_use(); ++slot) {
+    if (usable(slot, tree_.leaf(slot).load(std::memory_order_acquire))) rows.push_back(slot);
+  }
+  if (rows.size() < request.n) too_few(request.n, rows.size());
+  for (size_t i = 0; i < request.n; ++i) {
+    std::swap(rows[i], rows[i + target_of(bits_of(header().seed, call, 1, i), rows.size() - i, false, 0, 1)]);
+    s.slots[i] = rows[i];
+    s.words[i] = tree_.leaf(rows[i]).load(std::memory_order_acquire);
+    overlay.take(rows[i], 1);
+  }
+}
+
+}  // namespace angle

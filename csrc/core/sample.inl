@@ -1,0 +1,339 @@
+// ReplayT: drawing rows. Included by replay.cpp and by the scheduled tests.
+//
+// A batch is drawn in passes over all its rows, so that the memory of many rows is on its way at once: choose slots,
+// copy the rows, walk their windows, fetch successors and older frames. Each pass marks the rows that were overwritten
+// under its hands; those are drawn again one by one through the same passes.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "core/choose.inl"
+#include "core/replay.h"
+#include "core/scratch.inl"
+
+namespace angle {
+
+template <class Access>
+uint64_t ReplayT<Access>::slots_in_use() const {
+  return std::min(next_ticket(), layout_.capacity);
+}
+
+template <class Access>
+bool ReplayT<Access>::follow(const Place& from, uint64_t to, uint64_t* slot, uint64_t* lap) const {
+  const uint64_t capacity = layout_.capacity;
+  *lap = from.lap;
+  if (to >= from.ticket) {
+    if (to - from.ticket >= capacity) return false;
+    *slot = from.slot + (to - from.ticket);
+    if (*slot < capacity) return true;
+    *slot -= capacity;
+    ++*lap;
+  } else {
+    if (from.ticket - to >= capacity) return false;
+    *slot = from.slot + capacity - (from.ticket - to);
+    if (*slot >= capacity) {
+      *slot -= capacity;
+      return true;
+    }
+    --*lap;
+  }
+  return true;
+}
+
+template <class Access>
+void ReplayT<Access>::gather(const uint64_t* slots, size_t count, const std::vector<FieldCopy>& fields) const {
+  Access::barrier();
+  Access::gather(records(), layout_.record_bytes, slots, count, fields.data(), fields.size());
+  Access::barrier();
+}
+
+// Copies rows [first, first + count) of the batch, which slots and words name, and notes in s.whole which stayed whole.
+template <class Access>
+void ReplayT<Access>::complete(const SampleRequest& request, const SampleOut& out, size_t first, size_t count,
+                               Scratch& s) {
+  const LeafCode& code = tree_.code;
+  const bool windows = request.n_step > 1;
+  s.fields.clear();
+  s.fields.push_back({reinterpret_cast<uint8_t*>(&s.headers[4 * first]), 0, record_.header_bytes, 32});
+  for (size_t f = 0; f < record_.fields.size(); ++f) {
+    const Field& field = record_.fields[f];
+    if (out.fields[f] == nullptr || ((windows || shares()) && record_.is_successor(f))) continue;
+    s.fields.push_back(
+        {out.fields[f] + first * field.bytes + (field.bytes - field.kept()), field.offset, field.kept(), field.bytes});
+  }
+  if (windows) {
+    const Field& reward = record_.fields[record_.roles.reward];
+    s.fields.push_back({reinterpret_cast<uint8_t*>(&s.rewards[first]), reward.offset, reward.bytes, 8});
+  }
+  gather(&s.slots[first], count, s.fields);
+  for (size_t i = first; i < first + count; ++i) {
+    if (!usable(s.slots[i], s.words[i])) {
+      s.whole[i] = 0;
+      s.slots[i] = kLost;
+      continue;
+    }
+    // The copy's own loads acquire (WordAccess) or are kept in place by the barrier (VectorAccess).
+    const uint64_t now = tree_.leaf(s.slots[i]).load(std::memory_order_acquire);
+    s.whole[i] = code.lap(now) == code.lap(s.words[i]) && code.is_row(now);
+    const uint64_t lap = s.headers[4 * i] >> 16, state = s.headers[4 * i + 2];
+    out.handles[i] = static_cast<int64_t>(ticket_of(s.slots[i], lap));
+    out.discounts[i] = (state & RecordState::kTerminated) != 0 ? 0.0f : static_cast<float>(request.discount);
+    out.steps[i] = 1;
+  }
+  if (!windows && !shares()) return;
+  for (size_t i = first; i < first + count; ++i) {
+    s.ends[i] = s.whole[i] != 0 ? s.slots[i] : kLost;
+    s.end_laps[i] = s.headers[4 * i] >> 16;
+    std::copy_n(&s.headers[4 * i], 4, &s.walked[4 * i]);
+  }
+  if (record_.stack > 1) fetch_frames(out, false, first, count, s);
+  if (windows) walk_windows(request, out, first, count, s);
+  fetch_successors(out, first, count, s);
+  if (record_.stack > 1) fetch_frames(out, true, first, count, s);
+}
+
+// Sums the rewards of up to n_step rows of the stream. Leaves each window's last row in s.ends, s.end_laps and
+// s.walked.
+template <class Access>
+void ReplayT<Access>::walk_windows(const SampleRequest& request, const SampleOut& out, size_t first, size_t count,
+                                   Scratch& s) {
+  const LeafCode& code = tree_.code;
+  const Field& reward = record_.fields[record_.roles.reward];
+  const auto read_reward = [&](size_t i) {
+    double value = 0.0;
+    if (reward.bytes == 4) {
+      float narrow = 0.0f;
+      std::memcpy(&narrow, &s.rewards[i], sizeof narrow);
+      value = static_cast<double>(narrow);
+    } else {
+      value = s.rewards[i];
+    }
+    return value;
+  };
+  for (size_t i = first; i < first + count; ++i) {
+    s.reals[i] = read_reward(i);
+    s.bits[i] = std::bit_cast<uint64_t>(request.discount);  // the factor of the next reward
+    s.walk[i] = s.ends[i];
+  }
+  s.fields.clear();
+  s.fields.push_back({reinterpret_cast<uint8_t*>(&s.headers[4 * first]), 0, record_.header_bytes, 32});
+  s.fields.push_back({reinterpret_cast<uint8_t*>(&s.rewards[first]), reward.offset, reward.bytes, 8});
+  for (uint32_t step = 1; step < request.n_step; ++step) {
+    size_t going = 0;
+    for (size_t i = first; i < first + count; ++i) {
+      if (s.walk[i] == kLost) continue;
+      const uint64_t* const header = &s.walked[4 * i];
+      const Place at{ticket_of(s.ends[i], s.end_laps[i]), s.ends[i], s.end_laps[i]};
+      s.walk[i] = kLost;
+      if ((header[2] & (RecordState::kTerminated | RecordState::kTruncated)) != 0 || header[1] == at.ticket) continue;
+      uint64_t slot = 0;
+      if (!follow(at, header[1], &slot, &s.walk_laps[i])) {
+        s.whole[i] = 0;
+        continue;
+      }
+      const uint64_t leaf = tree_.leaf(slot).load(std::memory_order_acquire);
+      if (!code.has_lap(leaf, s.walk_laps[i])) {
+        s.whole[i] = 0;
+      } else if (code.is_row(leaf)) {  // else the stream's newest observation, or one that nothing was done at
+        s.walk[i] = slot;
+        ++going;
+      }
+    }
+    if (going == 0) break;
+    gather(&s.walk[first], count, s.fields);
+    for (size_t i = first; i < first + count; ++i) {
+      if (s.walk[i] == kLost) continue;
+      const Place at{0, s.walk[i], s.walk_laps[i]};
+      if (!has_lap(at)) {
+        s.whole[i] = 0;
+        s.walk[i] = kLost;
+        continue;
+      }
+      const double factor = std::bit_cast<double>(s.bits[i]);
+      s.reals[i] += factor * read_reward(i);
+      s.bits[i] = std::bit_cast<uint64_t>(factor * request.discount);
+      s.ends[i] = at.slot;
+      s.end_laps[i] = at.lap;
+      std::copy_n(&s.headers[4 * i], 4, &s.walked[4 * i]);
+      ++out.steps[i];
+    }
+  }
+  uint8_t* const rewards = out.fields[record_.roles.reward];
+  for (size_t i = first; i < first + count; ++i) {
+    if (s.whole[i] == 0) {
+      s.ends[i] = kLost;
+      continue;
+    }
+    const bool terminated = (s.walked[4 * i + 2] & RecordState::kTerminated) != 0;
+    out.discounts[i] = terminated ? 0.0f : static_cast<float>(std::bit_cast<double>(s.bits[i]));
+    if (rewards == nullptr) continue;
+    if (reward.bytes == 4) {
+      const float narrow = static_cast<float>(s.reals[i]);
+      std::memcpy(rewards + i * 4, &narrow, sizeof narrow);
+    } else {
+      std::memcpy(rewards + i * 8, &s.reals[i], sizeof(double));
+    }
+  }
+}
+
+// The successors of the windows' last rows: their own fields, or the observations of the next records. Those are left
+// in s.ends, s.end_laps and s.walked.
+template <class Access>
+void ReplayT<Access>::fetch_successors(const SampleOut& out, size_t first, size_t count, Scratch& s) {
+  if (shares()) {
+    for (size_t i = first; i < first + count; ++i) {
+      if (s.ends[i] == kLost) continue;
+      const Place at{ticket_of(s.ends[i], s.end_laps[i]), s.ends[i], s.end_laps[i]};
+      if (!follow(at, s.walked[4 * i + 1], &s.ends[i], &s.end_laps[i])) {
+        s.whole[i] = 0;
+        s.ends[i] = kLost;
+      }
+    }
+  }
+  s.fields.clear();
+  s.fields.push_back({reinterpret_cast<uint8_t*>(&s.walked[4 * first]), 0, record_.header_bytes, 32});
+  for (size_t f = record_.fields.size() - record_.roles.observations; f < record_.fields.size(); ++f) {
+    const Field& field = record_.fields[f];
+    if (out.fields[f] == nullptr) continue;
+    s.fields.push_back(
+        {out.fields[f] + first * field.bytes + (field.bytes - field.kept()), field.offset, field.kept(), field.bytes});
+  }
+  gather(&s.ends[first], count, s.fields);
+  for (size_t i = first; i < first + count; ++i) {
+    // A linked record's observation was whole before the link, and stays so while the lap stands.
+    if (s.ends[i] != kLost && !has_lap({0, s.ends[i], s.end_laps[i]})) {
+      s.whole[i] = 0;
+      s.ends[i] = kLost;
+    }
+  }
+}
+
+// The older frames of the observations in s.ends, newest to oldest; where a chain ends, its oldest frame repeats.
+template <class Access>
+void ReplayT<Access>::fetch_frames(const SampleOut& out, bool successors, size_t first, size_t count, Scratch& s) {
+  for (size_t i = first; i < first + count; ++i) {
+    s.walk[i] = s.whole[i] != 0 ? s.ends[i] : kLost;
+    s.walk_laps[i] = s.end_laps[i];
+    s.bits[i] = s.walked[4 * i + 3];  // the ticket before
+  }
+  std::vector<uint64_t> header(4 * count);
+  for (uint32_t frame = record_.stack - 1; frame-- > 0;) {
+    s.fields.clear();
+    s.fields.push_back({reinterpret_cast<uint8_t*>(header.data()), 0, record_.header_bytes, 32});
+    for (size_t f = 0; f < record_.roles.observations; ++f) {
+      const Field& field = record_.fields[f];
+      uint8_t* const to = out.fields[successors ? record_.successor_of(f) : f];
+      if (field.frames == 1 || to == nullptr) continue;
+      s.fields.push_back({to + first * field.bytes + frame * field.kept(), field.offset, field.kept(), field.bytes});
+    }
+    for (size_t i = first; i < first + count; ++i) {
+      if (s.walk[i] == kLost) continue;
+      const Place at{ticket_of(s.walk[i], s.walk_laps[i]), s.walk[i], s.walk_laps[i]};
+      if (!follow(at, s.bits[i], &s.walk[i], &s.walk_laps[i])) {
+        s.whole[i] = 0;
+        s.walk[i] = kLost;
+      }
+    }
+    gather(&s.walk[first], count, s.fields);
+    for (size_t i = first; i < first + count; ++i) {
+      if (s.walk[i] == kLost) continue;
+      if (has_lap({0, s.walk[i], s.walk_laps[i]})) {
+        s.bits[i] = header[4 * (i - first) + 3];
+      } else {
+        s.whole[i] = 0;
+        s.walk[i] = kLost;
+      }
+    }
+  }
+}
+
+// The slow path: under weight in flight the sums promised more than the leaves held, or the row was overwritten.
+template <class Access>
+void ReplayT<Access>::draw_again(const SampleRequest& request, const SampleOut& out, size_t i, uint64_t call,
+                                 Overlay* overlay, Scratch& s) {
+  const auto taken = [&] {
+    complete(request, out, i, 1, s);
+    if (s.whole[i] != 0 && overlay != nullptr) overlay->take(s.slots[i], tree_.code.weight(s.words[i]));
+    return s.whole[i] != 0;
+  };
+  uint64_t bits = 0;
+  for (uint64_t attempt = 1; attempt <= kAttempts; ++attempt) {
+    word(header().retries).fetch_add(1, std::memory_order_relaxed);
+    bits = bits_of(header().seed, call, attempt + (overlay == nullptr ? 0 : kAttempts), i);
+    if (choose_again(request, i, bits, overlay, s) && taken()) return;
+  }
+  // From ever new places on: a row met may be overwritten before it is copied.
+  const uint64_t slots = slots_in_use();
+  for (uint64_t step = 0; step < slots; ++step) {
+    if (!choose_by_scan(i, bits + step, overlay, s)) break;
+    if (taken()) return;
+  }
+  if (overlay != nullptr) too_few(request.n, i);
+  throw NothingToSample("no row of the buffer has positive weight; nothing can be sampled");
+}
+
+template <class Access>
+void ReplayT<Access>::sample(const SampleRequest& request, const SampleOut& out) {
+  SegmentHeader& h = header();
+  const size_t n = request.n;
+  if (request.n_step > 1 && record_.roles.reward == SIZE_MAX) {
+    throw std::invalid_argument("n_step is " + std::to_string(request.n_step) + "; rows without a reward have 1");
+  }
+  const uint64_t slots = slots_in_use();
+  if (slots == 0) throw NothingToSample("the buffer is empty; insert rows before sampling");
+  Scratch& s = scratch(n, tree_.top_nodes());
+  const int64_t total = prioritized() ? tree_.top_prefix(s.prefix.data()) : static_cast<int64_t>(slots);
+  const bool at_rest = next_ticket() == word(shares() ? h.opened : h.inserts).load(std::memory_order_relaxed) +
+                                            word(h.busy_slots).load(std::memory_order_relaxed);
+  if (total <= 0 && at_rest) {
+    throw NothingToSample("no row of the buffer has positive weight; nothing can be sampled");
+  }
+  const uint64_t call = word(h.sample_calls).fetch_add(1, std::memory_order_relaxed);
+  kernels().replay.philox_draws(h.seed, call, kSample, s.bits.data(), n);
+  choose(request, static_cast<uint64_t>(std::max<int64_t>(total, 0)), s);
+  if (request.replacement) {
+    complete(request, out, 0, n, s);
+    for (size_t i = 0; i < n; ++i) {
+      if (s.whole[i] == 0) [[unlikely]] {
+        draw_again(request, out, i, call, nullptr, s);
+      }
+    }
+  } else {
+    Overlay overlay(2 * n, tree_.shape());
+    choose_distinct(request, call, overlay, s);
+    complete(request, out, 0, n, s);
+    for (size_t i = 0; i < n; ++i) {
+      if (s.whole[i] == 0) draw_again(request, out, i, call, &overlay, s);
+    }
+  }
+  write_weights(request, out, s);
+  const uint64_t issued = next_ticket();
+  uint64_t ages = 0;
+  for (size_t i = 0; i < n; ++i) ages += issued - static_cast<uint64_t>(out.handles[i]);
+  word(h.ages).fetch_add(ages, std::memory_order_relaxed);
+  word(h.samples).fetch_add(n, std::memory_order_relaxed);
+}
+
+// (N P)^-b over the largest of the batch, or of the buffer: N and the total cancel, which leaves the smallest weight
+// over each.
+template <class Access>
+void ReplayT<Access>::write_weights(const SampleRequest& request, const SampleOut& out, Scratch& s) const {
+  const size_t n = request.n;
+  if (!prioritized() || request.importance_exponent == 0.0) {
+    std::fill_n(out.importance_weights, n, 1.0f);
+    return;
+  }
+  uint64_t smallest = request.bound_by_buffer ? lowest_weight() : ~0ull;
+  for (size_t i = 0; i < n; ++i) {
+    const uint64_t weight = tree_.code.weight(s.words[i]);
+    smallest = std::min(smallest, weight);
+    s.reals[i] = static_cast<double>(weight);
+  }
+  const double least = static_cast<double>(smallest);
+  for (size_t i = 0; i < n; ++i) s.reals[i] = least / s.reals[i];
+  kernels().replay.powers(s.reals.data(), n, request.importance_exponent);
+  for (size_t i = 0; i < n; ++i) out.importance_weights[i] = static_cast<float>(s.reals[i]);
+}
+
+}  // namespace angle

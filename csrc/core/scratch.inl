@@ -1,0 +1,40 @@
+// One thread's working memory, kept from call to call so that a steady state allocates nothing.
+#pragma once
+#include <vector>
+
+#include "core/replay.h"
+
+namespace angle {
+
+template <class Access>
+struct ReplayT<Access>::Scratch {
+  std::vector<int64_t> prefix, targets;
+  std::vector<uint64_t> bits, slots, words, headers, weights;
+  std::vector<double> reals, rewards;
+  std::vector<uint8_t> whole;                             // [n] the row was copied whole
+  std::vector<uint64_t> ends, end_laps, walk, walk_laps;  // [n] slots and laps along a window or a stack
+  std::vector<uint64_t> walked;                           // [4 n] headers met on the way
+  std::vector<int32_t> bucket_changes[2] = {std::vector<int32_t>(kBuckets, 0), std::vector<int32_t>(kBuckets, 0)};
+  std::vector<uint32_t> touched;
+  std::vector<FieldCopy> fields;
+};
+
+template <class Access>
+typename ReplayT<Access>::Scratch& ReplayT<Access>::scratch(size_t n, size_t top) {
+  static thread_local Scratch s;
+  if (s.targets.size() < n) {
+    for (auto* const words : {&s.bits, &s.slots, &s.words, &s.weights, &s.ends, &s.end_laps, &s.walk, &s.walk_laps}) {
+      words->resize(n);
+    }
+    s.targets.resize(n);
+    s.headers.resize(4 * n);
+    s.walked.resize(4 * n);
+    s.reals.resize(n);
+    s.rewards.resize(n);
+    s.whole.resize(n);
+  }
+  if (s.prefix.size() < top + 8) s.prefix.resize(top + 8);
+  return s;
+}
+
+}  // namespace angle

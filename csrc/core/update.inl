@@ -1,0 +1,356 @@
+// ReplayT: weights and what follows from them. Included by replay.cpp and by the scheduled tests.
+#pragma once
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "core/replay.h"
+#include "core/scratch.inl"
+
+namespace angle {
+
+template <class Access>
+double ReplayT<Access>::priority_exponent() const {
+  return std::bit_cast<double>(word(header().exponent).load(std::memory_order_acquire));
+}
+
+template <class Access>
+PriorityMap ReplayT<Access>::priority_map() const {
+  return {priority_exponent(), header().priority_epsilon, tree_.code.weight_mask};
+}
+
+// ---- what new rows weigh ----
+
+template <class Access>
+void ReplayT<Access>::raise_highest(size_t bucket) {
+  // seq_cst: partner of highest_bucket. Either it sees the count that went up before, or this sees the mark it lowered.
+  const Word<uint64_t> highest = word(header().highest_bucket);
+  uint64_t mark = highest.load(std::memory_order_seq_cst);
+  while (mark < bucket &&
+         !highest.compare_exchange_weak(mark, bucket, std::memory_order_seq_cst, std::memory_order_seq_cst)) {
+  }
+}
+
+template <class Access>
+size_t ReplayT<Access>::highest_bucket() const {
+  SegmentHeader& h = header();
+  const Word<uint64_t> highest = word(h.highest_bucket);
+  uint64_t mark = highest.load(std::memory_order_seq_cst);
+  for (;;) {
+    uint64_t found = mark;
+    while (found > 0 && word(h.buckets[1][found]).load(std::memory_order_relaxed) <= 0) --found;
+    if (found == mark) return found;
+    const uint64_t lowered_from = mark;
+    if (!highest.compare_exchange_strong(mark, found, std::memory_order_seq_cst, std::memory_order_seq_cst)) continue;
+    for (uint64_t bucket = lowered_from; bucket > found; --bucket) {
+      if (word(h.buckets[1][bucket]).load(std::memory_order_seq_cst) > 0) {
+        const_cast<ReplayT*>(this)->raise_highest(bucket);
+        return bucket;
+      }
+    }
+    return found;
+  }
+}
+
+template <class Access>
+uint64_t ReplayT<Access>::lowest_weight() const {
+  SegmentHeader& h = header();
+  for (size_t bucket = 0; bucket < kBuckets; ++bucket) {
+    if (word(h.buckets[0][bucket]).load(std::memory_order_relaxed) > 0 ||
+        word(h.buckets[1][bucket]).load(std::memory_order_relaxed) > 0) {
+      return WeightBuckets::lower_edge(bucket);
+    }
+  }
+  return tree_.code.weight_mask;
+}
+
+template <class Access>
+typename ReplayT<Access>::Default ReplayT<Access>::default_weight() const {
+  SegmentHeader& h = header();
+  if (h.prioritized == 0) return {1.0f, 1};
+  const PriorityMap map = priority_map();
+  uint64_t source = 0;  // what the default follows from, beside the map
+  const auto kind = static_cast<DefaultPriority>(h.default_kind);
+  if (kind == DefaultPriority::kLiveMaximum) {
+    source = highest_bucket();
+    if (word(h.buckets[1][source]).load(std::memory_order_relaxed) <= 0) source = ~0ull;
+  } else if (kind == DefaultPriority::kHistoricMaximum) {
+    source = word(h.historic_maximum).load(std::memory_order_relaxed);
+  }
+  struct Known {
+    double exponent, epsilon, given;
+    uint64_t kind, source, largest;
+    Default found;
+  };
+  static thread_local Known known{-1.0, 0.0, 0.0, 0, 0, 0, {}};
+  if (known.exponent == map.exponent && known.epsilon == map.epsilon && known.given == h.default_priority &&
+      known.kind == h.default_kind && known.source == source && known.largest == map.largest) {
+    return known.found;
+  }
+  float priority = static_cast<float>(h.default_priority);
+  if (kind == DefaultPriority::kLiveMaximum) {
+    priority =
+        source == ~0ull ? 1.0f : map.priority(std::min(WeightBuckets::upper_edge(source), tree_.code.weight_mask));
+  } else if (kind == DefaultPriority::kHistoricMaximum) {
+    priority = source == 0 ? 1.0f : std::bit_cast<float>(static_cast<uint32_t>(source));
+  }
+  known = {map.exponent,
+           map.epsilon,
+           h.default_priority,
+           h.default_kind,
+           source,
+           map.largest,
+           {priority, map.weight(priority)}};
+  return known.found;
+}
+
+// ---- one row ----
+
+// Puts a priority into a row's state word. False when the row is gone or removed.
+template <class Access>
+bool ReplayT<Access>::set_priority(const Place& at, float priority) {
+  const Word<uint64_t> state = word_at(at.slot, RecordLayout::kState);
+  uint64_t found = state.load(std::memory_order_acquire);
+  do {
+    if (!RecordState::has_lap(found, at.lap) || RecordState::priority(found) < 0.0f) return false;
+    // release: partner of sync_leaf's acquire.
+  } while (!state.compare_exchange_weak(found, RecordState::with_priority(found, priority), std::memory_order_acq_rel,
+                                        std::memory_order_acquire));
+  return true;
+}
+
+// A leaf went from one word to another: the sums and the buckets follow.
+template <class Access>
+void ReplayT<Access>::change_weight(uint64_t slot, uint64_t old_leaf, uint64_t new_leaf) {
+  if (!prioritized()) return;
+  const LeafCode& code = tree_.code;
+  const uint64_t before = code.weight(old_leaf), after = code.weight(new_leaf);
+  {
+    typename PriorityTree<Access>::Deltas deltas(tree_);
+    deltas.add(slot, static_cast<int64_t>(after) - static_cast<int64_t>(before));
+  }
+  SegmentHeader& h = header();
+  if (before != 0) {
+    word(h.buckets[code.state(old_leaf)][WeightBuckets::of(before)]).fetch_sub(1, std::memory_order_relaxed);
+  }
+  if (after != 0) {
+    const size_t bucket = WeightBuckets::of(after);
+    word(h.buckets[code.state(new_leaf)][bucket]).fetch_add(1, std::memory_order_seq_cst);  // partner: highest_bucket
+    if (code.state(new_leaf) == LeafCode::kComputed) raise_highest(bucket);
+  }
+}
+
+// Makes the leaf's weight follow the priority and the exponent as they are now, whoever set them. The last to change
+// the leaf has seen every change of the state word made before an earlier change of the leaf, so whoever comes last
+// leaves the two in accord.
+template <class Access>
+void ReplayT<Access>::sync_leaf(const Place& at, bool computed) {
+  const LeafCode& code = tree_.code;
+  const Word<uint64_t> leaf = tree_.leaf(at.slot), state = word_at(at.slot, RecordLayout::kState);
+  for (;;) {
+    const uint64_t seen = state.load(std::memory_order_acquire);
+    const PriorityMap map = priority_map();
+    if (!RecordState::has_lap(seen, at.lap)) return;
+    const float priority = RecordState::priority(seen);
+    const uint64_t weight = prioritized() ? map.weight(priority) : (priority < 0.0f ? 0 : 1);
+    uint64_t found = leaf.load(std::memory_order_relaxed), next = 0;
+    do {
+      if (!code.has_lap(found, at.lap) || !code.is_row(found)) return;
+      next = code.make(at.lap, computed ? LeafCode::kComputed : code.state(found), weight);
+    } while (!leaf.compare_exchange_weak(found, next, std::memory_order_acq_rel, std::memory_order_relaxed));
+    change_weight(at.slot, found, next);
+    const uint64_t now = state.load(std::memory_order_acquire);
+    if (RecordState::priority(now) == priority && priority_exponent() == map.exponent) return;
+  }
+}
+
+// ---- many rows ----
+
+template <class Access>
+template <class Real>
+size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, size_t n) {
+  SegmentHeader& h = header();
+  const uint64_t issued = word(h.next_ticket).load(std::memory_order_acquire), capacity = layout_.capacity;
+  const PriorityMap map = priority_map();
+  Scratch& s = scratch(n, 0);
+  float largest = 0.0f;
+  for (size_t i = 0; i < n; ++i) {
+    const double td_error = static_cast<double>(td_errors[i]);
+    if (!(td_error >= 0.0) || std::isinf(td_error)) {
+      throw std::invalid_argument("td_errors[" + std::to_string(i) + "] is " + std::to_string(td_error) +
+                                  "; priorities must be finite and not negative");
+    }
+    if (handles[i] < 0 || static_cast<uint64_t>(handles[i]) >= issued) {
+      throw std::invalid_argument("handles[" + std::to_string(i) + "] is " + std::to_string(handles[i]) +
+                                  ", which was never issued; handles so far lie in [0, " + std::to_string(issued) +
+                                  ")");
+    }
+    const float priority = PriorityMap::narrow(td_error);
+    largest = std::max(largest, priority);
+    s.bits[i] = std::bit_cast<uint32_t>(priority);
+    s.reals[i] = static_cast<double>(priority) + map.epsilon;
+  }
+  kernels().replay.powers(s.reals.data(), n, map.exponent);
+  uint64_t saturated = 0;
+  for (size_t i = 0; i < n; ++i) s.weights[i] = map.fixed(s.reals[i], &saturated);
+  for (size_t i = 0; i < n; ++i) {
+    const Place at = place_of(static_cast<uint64_t>(handles[i]));
+    s.slots[i] = at.slot;
+    s.words[i] = at.lap;
+  }
+
+  const LeafCode& code = tree_.code;
+  constexpr size_t kAhead = 8;
+  size_t refused = 0;
+  const auto change_bucket = [&s](LeafCode::State state, uint64_t weight, int32_t by) {
+    const size_t bucket = WeightBuckets::of(weight);
+    int32_t& change = s.bucket_changes[state][bucket];
+    if (change == 0) s.touched.push_back(static_cast<uint32_t>(state * kBuckets + bucket));
+    change += by;
+  };
+  const auto prefetch = [&](size_t i) __attribute__((always_inline)) {
+    tree_.prefetch(s.slots[i]);
+    __builtin_prefetch(record_at(s.slots[i]), 1);
+  };
+  for (size_t i = 0; i < std::min(kAhead, n); ++i) prefetch(i);
+  {
+    typename PriorityTree<Access>::Deltas deltas(tree_);
+    for (size_t i = 0; i < n; ++i) {
+      if (i + kAhead < n) prefetch(i + kAhead);
+      const Place at{static_cast<uint64_t>(handles[i]), s.slots[i], s.words[i]};
+      const float priority = std::bit_cast<float>(static_cast<uint32_t>(s.bits[i]));
+      // Older than a whole ring: the lap bits alone might have come round to the same value again.
+      if (at.ticket + capacity < issued || !set_priority(at, priority)) {
+        ++refused;
+        continue;
+      }
+      const Word<uint64_t> leaf = tree_.leaf(at.slot);
+      const uint64_t next = code.make(at.lap, LeafCode::kComputed, s.weights[i]);
+      uint64_t found = leaf.load(std::memory_order_relaxed);
+      bool written = false;
+      while (code.has_lap(found, at.lap) && code.is_row(found)) {
+        // release: a compare-and-swap goes on with the publisher's release sequence, too. acquire: as in sync_leaf.
+        if (leaf.compare_exchange_weak(found, next, std::memory_order_acq_rel, std::memory_order_relaxed)) {
+          written = true;
+          break;
+        }
+      }
+      if (!written) {
+        ++refused;
+        continue;
+      }
+      const uint64_t old_weight = code.weight(found);
+      deltas.add(at.slot, static_cast<int64_t>(s.weights[i]) - static_cast<int64_t>(old_weight));
+      if (old_weight != 0) change_bucket(code.state(found), old_weight, -1);
+      if (s.weights[i] != 0) change_bucket(LeafCode::kComputed, s.weights[i], +1);
+      const uint64_t now = word_at(at.slot, RecordLayout::kState).load(std::memory_order_acquire);
+      if (RecordState::priority(now) != priority) [[unlikely]] {
+        sync_leaf(at, true);  // another update of this row came in between
+      }
+    }
+  }
+  for (const uint32_t place : s.touched) {
+    const size_t computed = place / kBuckets, bucket = place % kBuckets;
+    const int32_t by = s.bucket_changes[computed][bucket];
+    s.bucket_changes[computed][bucket] = 0;
+    if (by == 0) continue;
+    word(h.buckets[computed][bucket]).fetch_add(by, std::memory_order_seq_cst);  // partner: highest_bucket
+    if (by > 0 && computed != 0) raise_highest(bucket);
+  }
+  s.touched.clear();
+  const Word<uint64_t> historic = word(h.historic_maximum);
+  uint64_t seen = historic.load(std::memory_order_relaxed);
+  while (largest > std::bit_cast<float>(static_cast<uint32_t>(seen)) &&
+         !historic.compare_exchange_weak(seen, std::bit_cast<uint32_t>(largest), std::memory_order_relaxed,
+                                         std::memory_order_relaxed)) {
+  }
+  if (refused != 0) word(h.refused_updates).fetch_add(refused, std::memory_order_relaxed);
+  if (saturated != 0) word(h.saturated_weights).fetch_add(saturated, std::memory_order_relaxed);
+  // acq_rel: partner of set_priority_exponent. Either it sees these weights, or this sees its exponent.
+  word(h.updates).fetch_add(n - refused, std::memory_order_acq_rel);
+  if (priority_exponent() != map.exponent) {
+    for (size_t i = 0; i < n; ++i) sync_leaf(place_of(static_cast<uint64_t>(handles[i])), true);
+  }
+  return refused;
+}
+
+template <class Access>
+size_t ReplayT<Access>::remove(const int64_t* handles, size_t n) {
+  SegmentHeader& h = header();
+  const uint64_t issued = word(h.next_ticket).load(std::memory_order_acquire);
+  for (size_t i = 0; i < n; ++i) {
+    if (handles[i] < 0 || static_cast<uint64_t>(handles[i]) >= issued) {
+      throw std::invalid_argument("handles[" + std::to_string(i) + "] is " + std::to_string(handles[i]) +
+                                  ", which was never issued; handles so far lie in [0, " + std::to_string(issued) +
+                                  ")");
+    }
+  }
+  size_t refused = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const Place at = place_of(static_cast<uint64_t>(handles[i]));
+    const LeafCode& code = tree_.code;
+    const uint64_t leaf = tree_.leaf(at.slot).load(std::memory_order_acquire);
+    if (at.ticket + layout_.capacity < issued || !code.has_lap(leaf, at.lap) || !code.is_row(leaf) ||
+        !set_priority(at, -1.0f)) {
+      ++refused;
+      continue;
+    }
+    sync_leaf(at, false);
+  }
+  word(h.removed).fetch_add(n - refused, std::memory_order_relaxed);
+  if (refused != 0) word(h.refused_updates).fetch_add(refused, std::memory_order_relaxed);
+  return refused;
+}
+
+template <class Access>
+void ReplayT<Access>::set_priority_exponent(double exponent) {
+  if (!(exponent >= 0.0) || std::isinf(exponent)) {
+    throw std::invalid_argument("priority_exponent is " + std::to_string(exponent) +
+                                "; it must be finite and not negative");
+  }
+  SegmentHeader& h = header();
+  word(h.exponent).store(std::bit_cast<uint64_t>(exponent), std::memory_order_release);
+  if (!prioritized()) return;
+  constexpr size_t kBlock = 512;
+  Scratch& s = scratch(kBlock, 0);
+  do {
+    // acq_rel: partners of the ends of insert and update.
+    word(h.inserts).fetch_add(0, std::memory_order_acq_rel);
+    word(h.updates).fetch_add(0, std::memory_order_acq_rel);
+    const PriorityMap map = priority_map();
+    exponent = map.exponent;
+    for (uint64_t first = 0; first < layout_.capacity; first += kBlock) {
+      const size_t n = std::min<uint64_t>(kBlock, layout_.capacity - first);
+      for (size_t i = 0; i < n; ++i) {
+        s.words[i] = tree_.leaf(first + i).load(std::memory_order_acquire);
+        s.slots[i] = 0;
+        s.reals[i] = 0.0;
+        if (tree_.code.lap(s.words[i]) == 0) continue;
+        s.bits[i] = word_at(first + i, RecordLayout::kState).load(std::memory_order_acquire);
+        s.slots[i] = word_at(first + i, RecordLayout::kLapAndStream).load(std::memory_order_acquire) >> 16;
+        s.reals[i] = static_cast<double>(RecordState::priority(s.bits[i])) + map.epsilon;
+      }
+      kernels().replay.powers(s.reals.data(), n, exponent);
+      for (size_t i = 0; i < n; ++i) {
+        const Place at{0, first + i, s.slots[i]};
+        if (at.lap == 0 || !tree_.code.has_lap(s.words[i], at.lap) || !tree_.code.is_row(s.words[i])) continue;
+        uint64_t saturated = 0;
+        const uint64_t weight = RecordState::priority(s.bits[i]) < 0.0f ? 0 : map.fixed(s.reals[i], &saturated);
+        if (weight == tree_.code.weight(s.words[i]) &&
+            tree_.leaf(at.slot).load(std::memory_order_relaxed) == s.words[i]) {
+          continue;
+        }
+        uint64_t found = s.words[i];
+        const uint64_t next = tree_.code.make(at.lap, tree_.code.state(found), weight);
+        if (tree_.leaf(at.slot).compare_exchange_strong(found, next, std::memory_order_acq_rel,
+                                                        std::memory_order_relaxed)) {
+          change_weight(at.slot, s.words[i], next);
+          if (word_at(at.slot, RecordLayout::kState).load(std::memory_order_acquire) == s.bits[i]) continue;
+        }
+        sync_leaf(at, false);
+      }
+    }
+  } while (priority_exponent() != exponent);
+}
+
+}  // namespace angle
