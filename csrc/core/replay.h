@@ -253,8 +253,8 @@ class ReplayT {
   bool usable(uint64_t slot, uint64_t leaf) const {
     return slot != kLost && tree_.code.weight(leaf) != 0 && tree_.code.is_row(leaf);
   }
-  // Where a record lies that a row's header names: to tickets less than a ring away.
-  bool follow(const Place& from, uint64_t to, uint64_t* slot, uint64_t* lap) const;
+  // Where the record of ticket `to` lies, seen from one that names it.
+  void follow(const Place& from, uint64_t to, uint64_t* slot, uint64_t* lap) const;
 
   // update.inl
   void raise_highest(size_t bucket);

@@ -20,25 +20,22 @@ uint64_t ReplayT<Access>::slots_in_use() const {
 }
 
 template <class Access>
-bool ReplayT<Access>::follow(const Place& from, uint64_t to, uint64_t* slot, uint64_t* lap) const {
-  const uint64_t capacity = layout_.capacity;
-  *lap = from.lap;
-  if (to >= from.ticket) {
-    if (to - from.ticket >= capacity) return false;
-    *slot = from.slot + (to - from.ticket);
-    if (*slot < capacity) return true;
-    *slot -= capacity;
-    ++*lap;
+void ReplayT<Access>::follow(const Place& from, uint64_t to, uint64_t* slot, uint64_t* lap) const {
+  // Nearly always within a ring of here, which spares the division; farther where busy slots were passed over.
+  const uint64_t ahead = to - from.ticket, behind = from.ticket - to;
+  if (ahead < layout_.capacity) {
+    const bool wraps = from.slot + ahead >= layout_.capacity;
+    *slot = from.slot + ahead - (wraps ? layout_.capacity : 0);
+    *lap = from.lap + wraps;
+  } else if (behind < layout_.capacity) {
+    const bool wraps = from.slot < behind;
+    *slot = from.slot - behind + (wraps ? layout_.capacity : 0);
+    *lap = from.lap - wraps;
   } else {
-    if (from.ticket - to >= capacity) return false;
-    *slot = from.slot + capacity - (from.ticket - to);
-    if (*slot >= capacity) {
-      *slot -= capacity;
-      return true;
-    }
-    --*lap;
+    const Place at = place_of(to);
+    *slot = at.slot;
+    *lap = at.lap;
   }
-  return true;
 }
 
 template <class Access>
@@ -128,10 +125,7 @@ void ReplayT<Access>::walk_windows(const SampleRequest& request, const SampleOut
       s.walk[i] = kLost;
       if ((header[2] & (RecordState::kTerminated | RecordState::kTruncated)) != 0 || header[1] == at.ticket) continue;
       uint64_t slot = 0;
-      if (!follow(at, header[1], &slot, &s.walk_laps[i])) {
-        s.whole[i] = 0;
-        continue;
-      }
+      follow(at, header[1], &slot, &s.walk_laps[i]);
       const uint64_t leaf = tree_.leaf(slot).load(std::memory_order_acquire);
       if (!code.has_lap(leaf, s.walk_laps[i])) {
         s.whole[i] = 0;
@@ -185,10 +179,7 @@ void ReplayT<Access>::fetch_successors(const SampleOut& out, size_t first, size_
     for (size_t i = first; i < first + count; ++i) {
       if (s.ends[i] == kLost) continue;
       const Place at{ticket_of(s.ends[i], s.end_laps[i]), s.ends[i], s.end_laps[i]};
-      if (!follow(at, s.walked[4 * i + 1], &s.ends[i], &s.end_laps[i])) {
-        s.whole[i] = 0;
-        s.ends[i] = kLost;
-      }
+      follow(at, s.walked[4 * i + 1], &s.ends[i], &s.end_laps[i]);
     }
   }
   s.fields.clear();
@@ -230,10 +221,7 @@ void ReplayT<Access>::fetch_frames(const SampleOut& out, bool successors, size_t
     for (size_t i = first; i < first + count; ++i) {
       if (s.walk[i] == kLost) continue;
       const Place at{ticket_of(s.walk[i], s.walk_laps[i]), s.walk[i], s.walk_laps[i]};
-      if (!follow(at, s.bits[i], &s.walk[i], &s.walk_laps[i])) {
-        s.whole[i] = 0;
-        s.walk[i] = kLost;
-      }
+      follow(at, s.bits[i], &s.walk[i], &s.walk_laps[i]);
     }
     gather(&s.walk[first], count, s.fields);
     for (size_t i = first; i < first + count; ++i) {
