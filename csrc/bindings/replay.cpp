@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 #include <pybind11/typing.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -14,8 +15,10 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "bindings/batch_memory.h"
 #include "bindings/bindings.h"
 
 namespace py = pybind11;
@@ -25,6 +28,20 @@ namespace {
 
 // Letting the lock go and taking it back costs other threads' turn; it pays around work of 50 us and more.
 constexpr size_t kLongWorkBytes = 512 * 1024;
+
+// A short list, on the heap only when it is longer than usual.
+template <class T>
+class Few {
+ public:
+  explicit Few(size_t count) {
+    if (count > few_.size()) many_.resize(count);
+  }
+  T* data() { return many_.empty() ? few_.data() : many_.data(); }
+
+ private:
+  std::array<T, 16> few_;
+  std::vector<T> many_;
+};
 
 struct FieldType {
   std::string name;
@@ -38,6 +55,36 @@ struct Column {
   const uint8_t* data = nullptr;
   std::vector<uint8_t> converted;
 };
+
+// DLPack's code of one of NumPy's kinds.
+uint8_t dl_code(char kind) {
+  switch (kind) {
+    case 'i':
+      return 0;
+    case 'u':
+      return 1;
+    case 'c':
+      return 5;
+    case 'b':
+      return 6;
+    default:
+      return 2;
+  }
+}
+
+// Owns the tensor until a consumer takes it over, which it says by giving the capsule another name.
+PyObject* to_capsule(DLManagedTensor* tensor) {
+  PyObject* const capsule = PyCapsule_New(tensor, "dltensor", [](PyObject* self) {
+    if (!PyCapsule_IsValid(self, "dltensor")) return;
+    auto* const owned = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(self, "dltensor"));
+    owned->deleter(owned);
+  });
+  if (capsule == nullptr) {
+    tensor->deleter(tensor);
+    throw py::error_already_set();
+  }
+  return capsule;
+}
 
 class PyReplay {
  public:
@@ -65,6 +112,18 @@ class PyReplay {
     roles.observations = observation_fields;
     roles.reward = reward_field_;
     replay_ = std::make_unique<Replay>(options, RecordLayout(std::move(layout), roles));
+    std::vector<TensorType> tensors;
+    for (const FieldType& type : types_) {
+      const auto bits = static_cast<uint8_t>(type.dtype.itemsize() * 8);
+      tensors.push_back({{dl_code(type.dtype.kind()), bits},
+                         {type.shape.begin(), type.shape.end()},
+                         type.elements * static_cast<size_t>(type.dtype.itemsize())});
+    }
+    for (const DLDataType type : {DLDataType{2, 32}, DLDataType{2, 32}, DLDataType{0, 64}, DLDataType{0, 64}}) {
+      tensors.push_back({type, {}, type.bits / size_t{8}});
+    }
+    const size_t pooled = std::clamp<size_t>(replay_->bytes() / 16, size_t{1} << 20, size_t{256} << 20);
+    maker_ = std::make_unique<BatchMaker>(std::move(tensors), pooled);
   }
 
   // Inserts when every argument can be taken as it is or by a plain conversion; otherwise returns None and changes
@@ -97,69 +156,50 @@ class PyReplay {
     const size_t rows = static_cast<size_t>(n);
     check_rewards(rows);
     py::array_t<int64_t> handles(n);
-    const InsertRows request{rows, pointers_.data(), terminated_data, truncated_data, streams_data, count_nan(rows)};
-    const bool release = rows * replay_->record().record_bytes > kLongWorkBytes;
-    {
-      std::optional<py::gil_scoped_release> released;
-      const std::vector<const uint8_t*> pointers = release ? pointers_ : std::vector<const uint8_t*>();
-      std::vector<Column> kept;
-      InsertRows own = request;
-      if (release) {  // another thread may come in here meanwhile and use the members
-        kept.swap(columns_);
-        own.fields = pointers.data();
-        int64_t* const out = handles.mutable_data();
-        released.emplace();
-        replay_->insert(own, out);
-      } else {
-        replay_->insert(own, handles.mutable_data());
-      }
+    InsertRows request{rows, pointers_.data(), terminated_data, truncated_data, streams_data, count_nan(rows)};
+    int64_t* const out = handles.mutable_data();
+    if (rows * replay_->record().record_bytes <= kLongWorkBytes) {
+      replay_->insert(request, out);
+      return handles;
     }
+    // Another thread may come in meanwhile and use the members.
+    const std::vector<Column> kept = std::exchange(columns_, {});
+    const std::vector<const uint8_t*> pointers = std::exchange(pointers_, {});
+    request.fields = pointers.data();
+    const py::gil_scoped_release released;
+    replay_->insert(request, out);
     return handles;
   }
 
-  // A batch in fresh arrays: the fields in the schema's order, then discounts, importance weights, handles and steps.
-  // NumPy's arrays rather than torch's empty: half the cost, and torch would let the interpreter's lock go each time,
-  // which hands an inserting thread its whole turn.
-  py::typing::List<py::array> sample_fresh(py::ssize_t n, double discount, double importance_exponent) {
-    const size_t fields = types_.size();
-    py::typing::List<py::array> out(fields + 4);
-    std::vector<uint8_t*> addresses(fields);
-    std::vector<py::ssize_t> shape;
-    for (size_t f = 0; f < fields; ++f) {
-      shape.assign(1, n);
-      shape.insert(shape.end(), types_[f].shape.begin(), types_[f].shape.end());
-      py::array array(types_[f].dtype, shape);
-      addresses[f] = static_cast<uint8_t*>(array.mutable_data());
-      PyList_SET_ITEM(out.ptr(), static_cast<py::ssize_t>(f), array.release().ptr());
+  // A batch in fresh memory, as DLPack capsules: the fields in the schema's order, then discounts, importance weights,
+  // handles and steps. A torch function that allocated would let the interpreter's lock go each time, which hands an
+  // inserting thread its whole turn.
+  py::typing::Tuple<py::capsule, py::ellipsis> sample_fresh(size_t n, double discount, double importance_exponent) {
+    const size_t count = maker_->tensors();
+    Few<DLManagedTensor*> tensors(count);
+    Few<uint8_t*> addresses(count);
+    maker_->make(n, tensors.data());
+    py::typing::Tuple<py::capsule, py::ellipsis> out(count);
+    for (size_t t = 0; t < count; ++t) {
+      addresses.data()[t] = static_cast<uint8_t*>(tensors.data()[t]->dl_tensor.data);
+      PyTuple_SET_ITEM(out.ptr(), static_cast<py::ssize_t>(t), to_capsule(tensors.data()[t]));
     }
-    const auto add = [&](size_t place, auto array) {
-      auto* const data = array.mutable_data();
-      PyList_SET_ITEM(out.ptr(), static_cast<py::ssize_t>(fields + place), array.release().ptr());
-      return data;
-    };
-    const SampleOut request{addresses.data(), add(0, py::array_t<float>(n)), add(1, py::array_t<float>(n)),
-                            add(2, py::array_t<int64_t>(n)), add(3, py::array_t<int64_t>(n))};
-    draw(static_cast<size_t>(n), discount, importance_exponent, request);
+    draw(n, discount, importance_exponent, addresses.data());
     return out;
   }
 
+  // A batch into memory that is there: one address for each tensor of sample_fresh.
   void sample(size_t n, double discount, double importance_exponent,
-              const py::typing::Tuple<py::int_, py::ellipsis>& field_addresses, uintptr_t discounts,
-              uintptr_t importance_weights, uintptr_t handles, uintptr_t steps) {
-    std::array<uint8_t*, 16> few;
-    std::vector<uint8_t*> many;
-    uint8_t** addresses = few.data();
-    if (field_addresses.size() > few.size()) {
-      many.resize(field_addresses.size());
-      addresses = many.data();
+              const py::typing::Tuple<py::int_, py::ellipsis>& addresses) {
+    const size_t count = maker_->tensors();
+    if (addresses.size() != count) throw std::invalid_argument("sample needs one address for each tensor");
+    Few<uint8_t*> pointers(count);
+    for (size_t t = 0; t < count; ++t) {
+      PyObject* const address = PyTuple_GET_ITEM(addresses.ptr(), static_cast<py::ssize_t>(t));
+      pointers.data()[t] = static_cast<uint8_t*>(PyLong_AsVoidPtr(address));
+      if (pointers.data()[t] == nullptr) throw py::error_already_set();
     }
-    for (size_t f = 0; f < field_addresses.size(); ++f) {
-      addresses[f] =
-          static_cast<uint8_t*>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(field_addresses.ptr(), static_cast<py::ssize_t>(f))));
-    }
-    const SampleOut out{addresses, reinterpret_cast<float*>(discounts), reinterpret_cast<float*>(importance_weights),
-                        reinterpret_cast<int64_t*>(handles), reinterpret_cast<int64_t*>(steps)};
-    draw(n, discount, importance_exponent, out);
+    draw(n, discount, importance_exponent, pointers.data());
   }
 
   size_t update(uintptr_t handles, uintptr_t td_errors, bool is_double, size_t n) {
@@ -223,12 +263,17 @@ class PyReplay {
   uint64_t size() const { return replay_->size(); }
   uint64_t capacity() const { return replay_->capacity(); }
   uint64_t bytes() const { return replay_->bytes(); }
+  size_t pooled_bytes() const { return maker_->pool().free_bytes(); }
   size_t record_bytes() const { return replay_->record().record_bytes; }
   bool sums_are_exact() const { return replay_->sums_are_exact(); }
   uint64_t default_weight() const { return replay_->default_weight().weight; }
 
  private:
-  void draw(size_t n, double discount, double importance_exponent, const SampleOut& out) {
+  // addresses: one for each tensor of a batch.
+  void draw(size_t n, double discount, double importance_exponent, uint8_t* const* addresses) {
+    uint8_t* const* const rest = addresses + types_.size();
+    const SampleOut out{addresses, reinterpret_cast<float*>(rest[0]), reinterpret_cast<float*>(rest[1]),
+                        reinterpret_cast<int64_t*>(rest[2]), reinterpret_cast<int64_t*>(rest[3])};
     std::optional<py::gil_scoped_release> released;
     if (n * replay_->record().record_bytes > kLongWorkBytes) released.emplace();
     SampleRequest request;
@@ -352,6 +397,7 @@ class PyReplay {
   std::vector<Column> columns_;
   std::vector<const uint8_t*> pointers_;
   std::unique_ptr<Replay> replay_;
+  std::unique_ptr<BatchMaker> maker_;
 };
 
 }  // namespace
@@ -373,8 +419,7 @@ void bind_replay(py::module_& m) {
       .def("insert", &PyReplay::insert, py::arg("columns"), py::arg("terminated"), py::arg("truncated"),
            py::arg("streams"))
       .def("sample", &PyReplay::sample, py::arg("n"), py::arg("discount"), py::arg("importance_exponent"),
-           py::arg("field_addresses"), py::arg("discounts"), py::arg("importance_weights"), py::arg("handles"),
-           py::arg("steps"))
+           py::arg("addresses"))
       .def("sample_fresh", &PyReplay::sample_fresh, py::arg("n"), py::arg("discount"), py::arg("importance_exponent"))
       .def("update", &PyReplay::update, py::arg("handles"), py::arg("td_errors"), py::arg("is_double"), py::arg("n"))
       .def("stats", &PyReplay::stats)
@@ -386,6 +431,7 @@ void bind_replay(py::module_& m) {
       .def_property_readonly("size", &PyReplay::size)
       .def_property_readonly("capacity", &PyReplay::capacity)
       .def_property_readonly("nbytes", &PyReplay::bytes)
+      .def_property_readonly("pooled_bytes", &PyReplay::pooled_bytes)
       .def_property_readonly("record_bytes", &PyReplay::record_bytes);
 }
 

@@ -6,6 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
+import typing_extensions
 __all__: list[str] = ['MAX_STREAMS', 'Replay', 'ReplayFloor', 'available_isas', 'has_cuda_compiler', 'isa', 'philox_normal_f32', 'philox_normal_f64', 'philox_split', 'philox_uniform', 'squashed_gaussian_f32', 'squashed_gaussian_f64', 'squashed_gaussian_gradient_f32', 'squashed_gaussian_gradient_f64', 'twin_q_loss_f32', 'twin_q_loss_f64', 'twin_q_target_f32', 'twin_q_target_f64', 'update_targets_f32', 'update_targets_f64']
 class Replay:
     """
@@ -21,9 +22,9 @@ class Replay:
         ...
     def restore(self, index: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8], records: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8]) -> None:
         ...
-    def sample(self, n: typing.SupportsInt | typing.SupportsIndex, discount: typing.SupportsFloat | typing.SupportsIndex, importance_exponent: typing.SupportsFloat | typing.SupportsIndex, field_addresses: tuple[int, ...], discounts: typing.SupportsInt | typing.SupportsIndex, importance_weights: typing.SupportsInt | typing.SupportsIndex, handles: typing.SupportsInt | typing.SupportsIndex, steps: typing.SupportsInt | typing.SupportsIndex) -> None:
+    def sample(self, n: typing.SupportsInt | typing.SupportsIndex, discount: typing.SupportsFloat | typing.SupportsIndex, importance_exponent: typing.SupportsFloat | typing.SupportsIndex, addresses: tuple[int, ...]) -> None:
         ...
-    def sample_fresh(self, n: typing.SupportsInt | typing.SupportsIndex, discount: typing.SupportsFloat | typing.SupportsIndex, importance_exponent: typing.SupportsFloat | typing.SupportsIndex) -> list[numpy.ndarray[typing.Any, numpy.dtype[typing.Any]]]:
+    def sample_fresh(self, n: typing.SupportsInt | typing.SupportsIndex, discount: typing.SupportsFloat | typing.SupportsIndex, importance_exponent: typing.SupportsFloat | typing.SupportsIndex) -> tuple[typing_extensions.CapsuleType, ...]:
         ...
     def stats(self) -> dict[str, int]:
         ...
@@ -38,6 +39,9 @@ class Replay:
         ...
     @property
     def nbytes(self) -> int:
+        ...
+    @property
+    def pooled_bytes(self) -> int:
         ...
     @property
     def record_bytes(self) -> int:
