@@ -15,11 +15,14 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <system_error>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "bindings/batch_memory.h"
 #include "bindings/bindings.h"
+#include "bindings/row_reader.h"
 
 namespace py = pybind11;
 
@@ -41,19 +44,6 @@ class Few {
  private:
   std::array<T, 16> few_;
   std::vector<T> many_;
-};
-
-struct FieldType {
-  std::string name;
-  py::dtype dtype;
-  std::vector<py::ssize_t> shape;
-  size_t elements;
-};
-
-// Rows of one field, ready for the core: either the caller's own memory or a converted copy.
-struct Column {
-  const uint8_t* data = nullptr;
-  std::vector<uint8_t> converted;
 };
 
 // DLPack's code of one of NumPy's kinds.
@@ -86,95 +76,124 @@ PyObject* to_capsule(DLManagedTensor* tensor) {
   return capsule;
 }
 
+// Name, dtype, shape and frames of one field.
+using FieldSpec = std::tuple<std::string, py::dtype, std::vector<py::ssize_t>, uint32_t>;
+
+std::vector<FieldType> field_types(const std::vector<FieldSpec>& fields) {
+  std::vector<FieldType> types;
+  for (const auto& [name, dtype, shape, frames] : fields) {
+    size_t elements = 1;
+    for (const py::ssize_t length : shape) elements *= static_cast<size_t>(length);
+    types.push_back({name, dtype, shape, elements});
+  }
+  return types;
+}
+
+RecordLayout record_layout(const std::vector<FieldSpec>& fields, const RowReader& reader, size_t observation_fields,
+                           bool share_successors) {
+  std::vector<Field> layout;
+  for (size_t f = 0; f < fields.size(); ++f) {
+    const FieldType& type = reader.types()[f];
+    const uint64_t itemsize = static_cast<uint64_t>(type.dtype.itemsize()), bytes = type.elements * itemsize;
+    layout.push_back({type.name, static_cast<uint32_t>(itemsize),
+                      bytes > UINT32_MAX ? UINT32_MAX : static_cast<uint32_t>(bytes), std::get<3>(fields[f])});
+  }
+  RowRoles roles;
+  roles.observations = observation_fields;
+  const size_t reward_bytes = layout[reader.reward_field()].bytes;
+  if (reward_bytes == 4 || reward_bytes == 8) roles.reward = reader.reward_field();  // others are not summed
+  roles.share_successors = share_successors;
+  return RecordLayout(std::move(layout), roles);
+}
+
+// Memory that a replay is to be made in or was made in: private, shared, named or file.
+class Segment {
+ public:
+  static Segment open(const std::string& kind, const std::string& target, int descriptor) {
+    if (kind == "named") return Segment(Memory::open_named(target));
+    if (kind == "file") return Segment(Memory::open_file(target));
+    if (kind == "shared") return Segment(Memory::from_descriptor(descriptor));
+    throw std::invalid_argument("kind is '" + kind + "'; it must be named, file or shared");
+  }
+  static Memory create(const std::string& kind, const std::string& target, uint64_t bytes) {
+    if (kind == "named") return Memory::create_named(target, bytes);
+    if (kind == "file") return Memory::create_file(target, bytes);
+    if (kind == "shared") return Memory::shared(bytes);
+    return Memory::anonymous(bytes);
+  }
+
+  std::string meta() { return std::string(Replay::read_meta(memory())); }
+  Memory take() {
+    Memory taken = std::move(memory());
+    memory_.reset();
+    return taken;
+  }
+
+ private:
+  explicit Segment(Memory memory) : memory_(std::move(memory)) {}
+  Memory& memory() {
+    if (!memory_) throw std::invalid_argument("the segment is in use already; open it anew");
+    return *memory_;
+  }
+  std::optional<Memory> memory_;
+};
+
 class PyReplay {
  public:
-  PyReplay(uint64_t capacity, const std::vector<std::tuple<std::string, py::dtype, std::vector<py::ssize_t>>>& fields,
-           size_t observation_fields, bool prioritized, bool stratified, double priority_exponent,
-           double priority_epsilon, uint64_t seed)
-      : observation_fields_(observation_fields), stratified_(stratified) {
-    std::vector<Field> layout;
-    for (const auto& [name, dtype, shape] : fields) {
-      size_t elements = 1;
-      for (const py::ssize_t length : shape) elements *= static_cast<size_t>(length);
-      types_.push_back({name, dtype, shape, elements});
-      const uint64_t bytes = elements * static_cast<uint64_t>(dtype.itemsize());
-      layout.push_back({name, static_cast<uint32_t>(dtype.itemsize()),
-                        bytes > UINT32_MAX ? UINT32_MAX : static_cast<uint32_t>(bytes)});
-    }
-    while (types_.at(reward_field_).name != "rewards") ++reward_field_;
+  // A new replay. target: the name or the path; meta: text for Segment.meta.
+  PyReplay(const std::vector<FieldSpec>& fields, size_t observation_fields, bool share_successors, uint64_t capacity,
+           bool prioritized, double priority_exponent, double priority_epsilon, const std::string& default_kind,
+           double default_priority, uint64_t seed, const std::string& kind, const std::string& target,
+           const std::string& meta)
+      : reader_(field_types(fields), observation_fields) {
     ReplayOptions options;
     options.capacity = capacity;
     options.prioritized = prioritized;
     options.priority_exponent = priority_exponent;
     options.priority_epsilon = priority_epsilon;
+    options.default_kind = default_kind == "live_maximum"       ? DefaultPriority::kLiveMaximum
+                           : default_kind == "historic_maximum" ? DefaultPriority::kHistoricMaximum
+                                                                : DefaultPriority::kGiven;
+    options.default_priority = default_priority;
     options.seed = seed;
-    RowRoles roles;
-    roles.observations = observation_fields;
-    roles.reward = reward_field_;
-    replay_ = std::make_unique<Replay>(options, RecordLayout(std::move(layout), roles));
-    std::vector<TensorType> tensors;
-    for (const FieldType& type : types_) {
-      const auto bits = static_cast<uint8_t>(type.dtype.itemsize() * 8);
-      tensors.push_back({{dl_code(type.dtype.kind()), bits},
-                         {type.shape.begin(), type.shape.end()},
-                         type.elements * static_cast<size_t>(type.dtype.itemsize())});
-    }
-    for (const DLDataType type : {DLDataType{2, 32}, DLDataType{2, 32}, DLDataType{0, 64}, DLDataType{0, 64}}) {
-      tensors.push_back({type, {}, type.bits / size_t{8}});
-    }
-    const size_t pooled = std::clamp<size_t>(replay_->bytes() / 16, size_t{1} << 20, size_t{256} << 20);
-    maker_ = std::make_unique<BatchMaker>(std::move(tensors), pooled);
+    RecordLayout record = record_layout(fields, reader_, observation_fields, share_successors);
+    Memory memory = Segment::create(kind, target, Replay::bytes_needed(options, record, meta.size()));
+    replay_ = std::make_unique<Replay>(options, std::move(record), std::move(memory), meta);
+    make_maker();
+  }
+  // One that another process made.
+  PyReplay(const std::vector<FieldSpec>& fields, size_t observation_fields, bool share_successors, Segment& segment)
+      : reader_(field_types(fields), observation_fields) {
+    replay_ = std::make_unique<Replay>(record_layout(fields, reader_, observation_fields, share_successors),
+                                       segment.take());
+    make_maker();
   }
 
   // Inserts when every argument can be taken as it is or by a plain conversion; otherwise returns None and changes
   // nothing, and the facade converts with full checks. columns: one array per field, in the schema's order.
   py::object insert(const py::typing::Tuple<py::object, py::ellipsis>& columns, py::handle terminated,
-                    py::handle truncated, py::handle streams) {
-    if (columns.size() != types_.size()) return py::none();
-    columns_.resize(types_.size());
-    pointers_.resize(types_.size());
-    py::ssize_t n = -1;  // -1: not known yet, otherwise the number of rows
-    bool single = false;
-    for (size_t f = 0; f < types_.size(); ++f) {
-      if (!take_column(f, columns[f], n, single)) return py::none();
-    }
-    std::vector<uint8_t> one_terminated, one_truncated;
-    const uint8_t* terminated_data = take_flags(terminated, n, single, one_terminated);
-    if (terminated_data == nullptr) return py::none();
-    const uint8_t* truncated_data = nullptr;
-    if (!truncated.is_none()) {
-      truncated_data = take_flags(truncated, n, single, one_truncated);
-      if (truncated_data == nullptr) return py::none();
-    }
-    const int64_t* streams_data = nullptr;
-    if (!streams.is_none()) {
-      if (!py::isinstance<py::array_t<int64_t>>(streams)) return py::none();
-      const auto array = py::reinterpret_borrow<py::array>(streams);
-      if (array.ndim() != 1 || array.shape(0) != n || !(array.flags() & py::array::c_style)) return py::none();
-      streams_data = static_cast<const int64_t*>(array.data());
-    }
-    const size_t rows = static_cast<size_t>(n);
-    check_rewards(rows);
-    py::array_t<int64_t> handles(n);
-    InsertRows request{rows, pointers_.data(), terminated_data, truncated_data, streams_data, count_nan(rows)};
+                    py::handle truncated, py::handle streams, py::handle priorities) {
+    InsertRows rows{};
+    if (!reader_.read(columns, terminated, truncated, streams, priorities, rows)) return py::none();
+    py::array_t<int64_t> handles(static_cast<py::ssize_t>(rows.n));
     int64_t* const out = handles.mutable_data();
-    if (rows * replay_->record().record_bytes <= kLongWorkBytes) {
-      replay_->insert(request, out);
+    if (rows.n * replay_->record().record_bytes <= kLongWorkBytes) {
+      replay_->insert(rows, out);
       return handles;
     }
-    // Another thread may come in meanwhile and use the members.
-    const std::vector<Column> kept = std::exchange(columns_, {});
-    const std::vector<const uint8_t*> pointers = std::exchange(pointers_, {});
-    request.fields = pointers.data();
+    // Another thread may come in meanwhile and use the reader.
+    RowReader::Held held;
+    reader_.hand_over(rows, held);
     const py::gil_scoped_release released;
-    replay_->insert(request, out);
+    replay_->insert(rows, out);
     return handles;
   }
 
   // A batch in fresh memory, as DLPack capsules: the fields in the schema's order, then discounts, importance weights,
   // handles and steps. A torch function that allocated would let the interpreter's lock go each time, which hands an
   // inserting thread its whole turn.
-  py::typing::Tuple<py::capsule, py::ellipsis> sample_fresh(size_t n, double discount, double importance_exponent) {
+  py::typing::Tuple<py::capsule, py::ellipsis> sample_fresh(size_t n, uint32_t n_step, double discount,
+                                                                   double importance_exponent, uint32_t flags) {
     const size_t count = maker_->tensors();
     Few<DLManagedTensor*> tensors(count);
     Few<uint8_t*> addresses(count);
@@ -184,12 +203,12 @@ class PyReplay {
       addresses.data()[t] = static_cast<uint8_t*>(tensors.data()[t]->dl_tensor.data);
       PyTuple_SET_ITEM(out.ptr(), static_cast<py::ssize_t>(t), to_capsule(tensors.data()[t]));
     }
-    draw(n, discount, importance_exponent, addresses.data());
+    draw(request(n, n_step, discount, importance_exponent, flags), addresses.data());
     return out;
   }
 
   // A batch into memory that is there: one address for each tensor of sample_fresh.
-  void sample(size_t n, double discount, double importance_exponent,
+  void sample(size_t n, uint32_t n_step, double discount, double importance_exponent, uint32_t flags,
               const py::typing::Tuple<py::int_, py::ellipsis>& addresses) {
     const size_t count = maker_->tensors();
     if (addresses.size() != count) throw std::invalid_argument("sample needs one address for each tensor");
@@ -199,7 +218,7 @@ class PyReplay {
       pointers.data()[t] = static_cast<uint8_t*>(PyLong_AsVoidPtr(address));
       if (pointers.data()[t] == nullptr) throw py::error_already_set();
     }
-    draw(n, discount, importance_exponent, pointers.data());
+    draw(request(n, n_step, discount, importance_exponent, flags), pointers.data());
   }
 
   size_t update(uintptr_t handles, uintptr_t td_errors, bool is_double, size_t n) {
@@ -216,11 +235,92 @@ class PyReplay {
             {"samples", s.samples},
             {"updates", s.updates},
             {"refused_updates", s.refused_updates},
+            {"removed", s.removed},
             {"busy_slots", s.busy_slots},
             {"retries", s.retries},
             {"saturated_weights", s.saturated_weights},
-            {"nan_observations", s.nan_observations}};
+            {"nan_observations", s.nan_observations},
+            {"held", s.held},
+            {"sampled_ages", s.ages}};
   }
+
+  size_t remove(uintptr_t handles, size_t n) {
+    return replay_->remove(reinterpret_cast<const int64_t*>(handles), n);
+  }
+
+  void set_priority_exponent(double exponent) {
+    const py::gil_scoped_release released;
+    replay_->set_priority_exponent(exponent);
+  }
+  double priority_exponent() const { return replay_->priority_exponent(); }
+
+  // Rows by weight: the least weight of each bucket that has any, in units of 2**-20, and how many.
+  std::vector<std::pair<uint64_t, int64_t>> histogram() const {
+    std::vector<int64_t> counts(kBuckets);
+    replay_->read_histogram(counts.data());
+    std::vector<std::pair<uint64_t, int64_t>> out;
+    for (size_t bucket = 0; bucket < kBuckets; ++bucket) {
+      if (counts[bucket] > 0) out.emplace_back(WeightBuckets::lower_edge(bucket), counts[bucket]);
+    }
+    return out;
+  }
+
+  std::vector<std::string> audit() const {
+    const py::gil_scoped_release released;
+    return replay_->audit();
+  }
+  uint64_t repair() {
+    const py::gil_scoped_release released;
+    return replay_->repair();
+  }
+
+  // The rows of slots [first, first + n) that hold one: the schema's fields, then handles, streams, terminated,
+  // truncated and priorities.
+  py::typing::List<py::array> rows(uint64_t first, size_t n) {
+    if (first + n > replay_->capacity()) throw std::invalid_argument("rows beyond the buffer's capacity");
+    std::vector<py::array> fields;
+    std::vector<uint8_t*> addresses;
+    std::vector<py::ssize_t> shape;
+    for (const FieldType& type : reader_.types()) {
+      shape.assign(1, static_cast<py::ssize_t>(n));
+      shape.insert(shape.end(), type.shape.begin(), type.shape.end());
+      fields.emplace_back(type.dtype, shape);
+      addresses.push_back(static_cast<uint8_t*>(fields.back().mutable_data()));
+    }
+    std::vector<RowFacts> facts(n);
+    replay_->read_rows(first, n, addresses.data(), facts.data());
+    size_t kept = 0;
+    for (size_t i = 0; i < n; ++i) {
+      if (facts[i].handle < 0) continue;
+      for (size_t f = 0; f < fields.size(); ++f) {
+        const size_t bytes = replay_->record().fields[f].bytes;
+        if (kept != i) std::memcpy(addresses[f] + kept * bytes, addresses[f] + i * bytes, bytes);
+      }
+      facts[kept++] = facts[i];
+    }
+    const auto count = static_cast<py::ssize_t>(kept);
+    py::array_t<int64_t> handles(count), streams(count);
+    py::array_t<bool> terminated(count), truncated(count);
+    py::array_t<float> priorities(count);
+    for (size_t i = 0; i < kept; ++i) {
+      handles.mutable_data()[i] = facts[i].handle;
+      streams.mutable_data()[i] = facts[i].stream;
+      terminated.mutable_data()[i] = facts[i].terminated;
+      truncated.mutable_data()[i] = facts[i].truncated;
+      priorities.mutable_data()[i] = facts[i].priority;
+    }
+    py::typing::List<py::array> out;
+    for (const py::array& field : fields) out.append(field[py::slice(0, count, 1)]);
+    for (const py::array& more : std::initializer_list<py::array>{handles, streams, terminated, truncated, priorities}) {
+      out.append(more);
+    }
+    return out;
+  }
+
+  uint64_t sample_calls() const { return replay_->sample_calls(); }
+  bool give_back(uint64_t expected_calls, uint64_t count) { return replay_->give_back(expected_calls, count); }
+  int descriptor() const { return replay_->memory().descriptor(); }
+  size_t stack() const { return replay_->record().stack; }
 
   py::array_t<int64_t> weights() const {
     py::array_t<int64_t> out(static_cast<py::ssize_t>(replay_->capacity()));
@@ -237,7 +337,8 @@ class PyReplay {
     };
     py::typing::Dict<py::str, py::array_t<uint8_t>> out;
     out["index"] = view(0, layout.records_at);
-    out["records"] = view(layout.records_at, layout.records_at + me.replay_->size() * layout.record_bytes);
+    const uint64_t used = std::min(me.replay_->next_ticket(), layout.capacity);
+    out["records"] = view(layout.records_at, layout.records_at + used * layout.record_bytes);
     return out;
   }
 
@@ -269,133 +370,45 @@ class PyReplay {
   uint64_t default_weight() const { return replay_->default_weight().weight; }
 
  private:
+  // flags: 1 stratified, 2 with replacement, 4 importance weights bound by the buffer.
+  static SampleRequest request(size_t n, uint32_t n_step, double discount, double importance_exponent,
+                               uint32_t flags) {
+    SampleRequest made{n};
+    made.n_step = n_step;
+    made.discount = discount;
+    made.importance_exponent = importance_exponent;
+    made.stratified = (flags & 1) != 0;
+    made.replacement = (flags & 2) != 0;
+    made.bound_by_buffer = (flags & 4) != 0;
+    return made;
+  }
+
   // addresses: one for each tensor of a batch.
-  void draw(size_t n, double discount, double importance_exponent, uint8_t* const* addresses) {
-    uint8_t* const* const rest = addresses + types_.size();
+  void draw(const SampleRequest& made, uint8_t* const* addresses) {
+    uint8_t* const* const rest = addresses + reader_.types().size();
     const SampleOut out{addresses, reinterpret_cast<float*>(rest[0]), reinterpret_cast<float*>(rest[1]),
                         reinterpret_cast<int64_t*>(rest[2]), reinterpret_cast<int64_t*>(rest[3])};
     std::optional<py::gil_scoped_release> released;
-    if (n * replay_->record().record_bytes > kLongWorkBytes) released.emplace();
-    SampleRequest request;
-    request.n = n;
-    request.discount = discount;
-    request.importance_exponent = importance_exponent;
-    request.stratified = stratified_;
-    replay_->sample(request, out);
+    if (made.n * made.n_step * replay_->record().row_bytes() > kLongWorkBytes) released.emplace();
+    replay_->sample(made, out);
   }
 
-  // Sets pointers_[f]; false: leave it to the facade.
-  bool take_column(size_t f, py::handle value, py::ssize_t& n, bool& single) {
-    const FieldType& type = types_[f];
-    if (type.shape.empty() && single && PyFloat_Check(value.ptr())) {
-      return take_scalar(f, PyFloat_AS_DOUBLE(value.ptr()));
+  void make_maker() {
+    std::vector<TensorType> tensors;
+    for (const FieldType& type : reader_.types()) {
+      const auto bits = static_cast<uint8_t>(type.dtype.itemsize() * 8);
+      tensors.push_back({{dl_code(type.dtype.kind()), bits},
+                         {type.shape.begin(), type.shape.end()},
+                         type.elements * static_cast<size_t>(type.dtype.itemsize())});
     }
-    if (!py::isinstance<py::array>(value)) return false;
-    const auto array = py::reinterpret_borrow<py::array>(value);
-    if (!(array.flags() & py::array::c_style)) return false;
-    const auto own_dims = static_cast<py::ssize_t>(type.shape.size());
-    const py::ssize_t lead = array.ndim() - own_dims;
-    if (lead != 0 && lead != 1) return false;
-    if (n < 0) {
-      single = lead == 0;
-      n = single ? 1 : array.shape(0);
-    } else if (single != (lead == 0) || (lead == 1 && array.shape(0) != n)) {
-      return false;
+    for (const DLDataType type : {DLDataType{2, 32}, DLDataType{2, 32}, DLDataType{0, 64}, DLDataType{0, 64}}) {
+      tensors.push_back({type, {}, type.bits / size_t{8}});
     }
-    for (py::ssize_t d = 0; d < own_dims; ++d) {
-      if (array.shape(lead + d) != type.shape[static_cast<size_t>(d)]) return false;
-    }
-    const auto* data = static_cast<const uint8_t*>(array.data());
-    const char have = array.dtype().char_(), want = type.dtype.char_();
-    if (array.dtype().byteorder() == '>') return false;
-    if (have == want || array.dtype().equal(type.dtype)) {
-      pointers_[f] = data;
-      return true;
-    }
-    if (have == 'd' && want == 'f') {  // MuJoCo's float64 observations into float32 rows
-      const size_t count = type.elements * static_cast<size_t>(n);
-      columns_[f].converted.resize(count * sizeof(float));
-      auto* const out = reinterpret_cast<float*>(columns_[f].converted.data());
-      const auto* const in = reinterpret_cast<const double*>(data);
-      for (size_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i]);
-      pointers_[f] = columns_[f].converted.data();
-      return true;
-    }
-    return false;
+    const size_t pooled = std::clamp<size_t>(replay_->bytes() / 16, size_t{1} << 20, size_t{256} << 20);
+    maker_ = std::make_unique<BatchMaker>(std::move(tensors), pooled);
   }
 
-  bool take_scalar(size_t f, double number) {
-    const char want = types_[f].dtype.char_();
-    if (want != 'f' && want != 'd') return false;
-    columns_[f].converted.resize(sizeof(double));
-    if (want == 'f') {
-      const float narrow = static_cast<float>(number);
-      std::memcpy(columns_[f].converted.data(), &narrow, sizeof narrow);
-    } else {
-      std::memcpy(columns_[f].converted.data(), &number, sizeof number);
-    }
-    pointers_[f] = columns_[f].converted.data();
-    return true;
-  }
-
-  static const uint8_t* take_flags(py::handle value, py::ssize_t n, bool single, std::vector<uint8_t>& own) {
-    if (single && PyBool_Check(value.ptr())) {
-      own.assign(1, value.ptr() == Py_True ? 1 : 0);
-      return own.data();
-    }
-    if (!py::isinstance<py::array_t<bool>>(value)) return nullptr;
-    const auto array = py::reinterpret_borrow<py::array>(value);
-    if (!(array.flags() & py::array::c_style) || array.size() != n || array.ndim() != (single ? 0 : 1)) return nullptr;
-    return static_cast<const uint8_t*>(array.data());
-  }
-
-  void check_rewards(size_t n) const {
-    const char type = types_[reward_field_].dtype.char_();
-    for (size_t i = 0; i < n; ++i) {
-      double reward = 0.0;
-      if (type == 'f') reward = reinterpret_cast<const float*>(pointers_[reward_field_])[i];
-      if (type == 'd') reward = reinterpret_cast<const double*>(pointers_[reward_field_])[i];
-      if (!std::isfinite(reward)) {
-        throw std::invalid_argument("rewards[" + std::to_string(i) + "] is " + std::to_string(reward) +
-                                    "; rewards must be finite in the buffer's dtype");
-      }
-    }
-  }
-
-  // How many of the n rows from `first` on hold a NaN in field f.
-  size_t nan_rows(size_t f, size_t first, size_t n) const {
-    const size_t width = types_[f].elements;
-    switch (types_[f].dtype.char_()) {
-      case 'f':
-        return kernels().replay.nan_rows_f32(reinterpret_cast<const float*>(pointers_[f]) + first * width, n, width);
-      case 'd':
-        return kernels().replay.nan_rows_f64(reinterpret_cast<const double*>(pointers_[f]) + first * width, n, width);
-      default:
-        return 0;
-    }
-  }
-
-  // Rows whose observations or next observations hold a NaN. Fields come observations first, next observations last.
-  size_t count_nan(size_t n) const {
-    const auto in_observations = [&](size_t first, size_t rows) {
-      size_t found = 0;
-      for (size_t f = 0; f < observation_fields_; ++f) {
-        found += nan_rows(f, first, rows) + nan_rows(types_.size() - 1 - f, first, rows);
-      }
-      return found;
-    };
-    if (in_observations(0, n) == 0) return 0;  // as nearly always
-    size_t rows = 0;
-    for (size_t row = 0; row < n; ++row) rows += in_observations(row, 1) != 0;
-    return rows;
-  }
-
-  size_t observation_fields_;
-  bool stratified_;
-  std::vector<FieldType> types_;
-  size_t reward_field_ = 0;
-  std::vector<Column> columns_;
-  std::vector<const uint8_t*> pointers_;
+  RowReader reader_;
   std::unique_ptr<Replay> replay_;
   std::unique_ptr<BatchMaker> maker_;
 };
@@ -409,25 +422,47 @@ void bind_replay(py::module_& m) {
       if (thrown) std::rethrow_exception(thrown);
     } catch (const NothingToSample& error) {
       PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const std::system_error& error) {
+      const py::object made = py::handle(PyExc_OSError)(error.code().value(), error.what());
+      PyErr_SetObject(py::type::handle_of(made).ptr(), made.ptr());
     }
   });
+  py::class_<Segment>(m, "Segment", "Memory that another process made a replay in.")
+      .def_static("open", &Segment::open, py::arg("kind"), py::arg("target"), py::arg("descriptor"))
+      .def_static("unlink", &Memory::unlink_named, py::arg("name"))
+      .def("meta", &Segment::meta);
   py::class_<PyReplay>(m, "Replay", "The compiled replay. angle_rl.replay is its public face.")
-      .def(py::init<uint64_t, const std::vector<std::tuple<std::string, py::dtype, std::vector<py::ssize_t>>>&, size_t,
-                    bool, bool, double, double, uint64_t>(),
-           py::arg("capacity"), py::arg("fields"), py::arg("observation_fields"), py::arg("prioritized"),
-           py::arg("stratified"), py::arg("priority_exponent"), py::arg("priority_epsilon"), py::arg("seed"))
+      .def(py::init<const std::vector<FieldSpec>&, size_t, bool, uint64_t, bool, double, double, const std::string&,
+                    double, uint64_t, const std::string&, const std::string&, const std::string&>(),
+           py::arg("fields"), py::arg("observation_fields"), py::arg("share_successors"), py::arg("capacity"),
+           py::arg("prioritized"), py::arg("priority_exponent"), py::arg("priority_epsilon"), py::arg("default_kind"),
+           py::arg("default_priority"), py::arg("seed"), py::arg("kind"), py::arg("target"), py::arg("meta"))
+      .def(py::init<const std::vector<FieldSpec>&, size_t, bool, Segment&>(), py::arg("fields"),
+           py::arg("observation_fields"), py::arg("share_successors"), py::arg("segment"))
       .def("insert", &PyReplay::insert, py::arg("columns"), py::arg("terminated"), py::arg("truncated"),
-           py::arg("streams"))
-      .def("sample", &PyReplay::sample, py::arg("n"), py::arg("discount"), py::arg("importance_exponent"),
-           py::arg("addresses"))
-      .def("sample_fresh", &PyReplay::sample_fresh, py::arg("n"), py::arg("discount"), py::arg("importance_exponent"))
+           py::arg("streams"), py::arg("priorities"))
+      .def("sample", &PyReplay::sample, py::arg("n"), py::arg("n_step"), py::arg("discount"),
+           py::arg("importance_exponent"), py::arg("flags"), py::arg("addresses"))
+      .def("sample_fresh", &PyReplay::sample_fresh, py::arg("n"), py::arg("n_step"), py::arg("discount"),
+           py::arg("importance_exponent"), py::arg("flags"))
       .def("update", &PyReplay::update, py::arg("handles"), py::arg("td_errors"), py::arg("is_double"), py::arg("n"))
+      .def("remove", &PyReplay::remove, py::arg("handles"), py::arg("n"))
+      .def("set_priority_exponent", &PyReplay::set_priority_exponent, py::arg("exponent"))
+      .def("priority_exponent", &PyReplay::priority_exponent)
       .def("stats", &PyReplay::stats)
+      .def("histogram", &PyReplay::histogram)
+      .def("audit", &PyReplay::audit)
+      .def("repair", &PyReplay::repair)
+      .def("rows", &PyReplay::rows, py::arg("first"), py::arg("n"))
+      .def("sample_calls", &PyReplay::sample_calls)
+      .def("give_back", &PyReplay::give_back, py::arg("expected_calls"), py::arg("count"))
       .def("weights", &PyReplay::weights)
       .def("parts", [](const py::object& self) { return PyReplay::parts(self); })
       .def("restore", &PyReplay::restore, py::arg("index"), py::arg("records"))
       .def("sums_are_exact", &PyReplay::sums_are_exact)
       .def("default_weight", &PyReplay::default_weight)
+      .def_property_readonly("descriptor", &PyReplay::descriptor)
+      .def_property_readonly("stack", &PyReplay::stack)
       .def_property_readonly("size", &PyReplay::size)
       .def_property_readonly("capacity", &PyReplay::capacity)
       .def_property_readonly("nbytes", &PyReplay::bytes)

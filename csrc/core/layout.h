@@ -42,6 +42,12 @@ struct RecordLayout {
 
   // The field that holds the successor of observation field f, in callers' rows.
   size_t successor_of(size_t f) const { return fields.size() - roles.observations + f; }
+  // Bytes of one row as callers see it.
+  size_t row_bytes() const {
+    size_t bytes = 0;
+    for (const Field& field : fields) bytes += field.bytes;
+    return bytes;
+  }
   bool is_successor(size_t f) const { return f >= fields.size() - roles.observations; }
 
   std::vector<Field> fields;
