@@ -1,0 +1,216 @@
+"""How a buffer passes between processes: where its memory is, its description, its way through a pickle, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing import reduction, util
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol
+
+import numpy as np
+
+from angle_rl.schema import Field, Schema
+
+FORMAT = 1  # of the description; a segment with another one is refused
+
+
+class Place(NamedTuple):
+    """Where a buffer's memory is."""
+
+    kind: Literal["private", "shared", "named", "file"]
+    target: str = ""  # the name, or the absolute path
+
+
+class Shareable(Protocol):
+    """What the functions below ask of a buffer."""
+
+    _place: Place
+
+    def _descriptor(self) -> int:
+        """The descriptor of the memory; ValueError after close()."""
+        ...
+
+    def _options(self) -> dict[str, Any]:
+        """The options that this process goes by now, as the constructor takes them."""
+        ...
+
+    @classmethod
+    def _attach_to(cls, place: Place, descriptor: int | None, options: Mapping[str, Any] | None) -> Any:
+        """A buffer on existing memory; `descriptor` is taken over. None: the options that the memory describes."""
+        ...
+
+
+def place_of(shared: Any, path: Any) -> Place:
+    """The place that a constructor's `shared` and `path` ask for. TypeError or ValueError where they ask for none."""
+    if shared is not None and not isinstance(shared, bool | str):
+        raise TypeError(f"shared is {shared!r}; it must be True, a name or None")
+    if path is None:
+        if isinstance(shared, str):
+            return Place("named", shared)
+        return Place("shared") if shared else Place("private")
+    if shared:
+        raise ValueError(f"shared is {shared!r} and path is {path!r}; memory has one place, so leave one of them out")
+    return Place("file", _absolute(path))
+
+
+def place_to_attach(name: Any, path: Any) -> Place:
+    """The place that `attach` is asked for. TypeError or ValueError where that is none, or two."""
+    if (name is None) == (path is None):
+        raise ValueError(f"name is {name!r} and path is {path!r}; attach takes exactly one of them")
+    if path is not None:
+        return Place("file", _absolute(path))
+    if not isinstance(name, str):
+        raise TypeError(f"name is {name!r}; it must be a string")
+    return Place("named", name)
+
+
+def _absolute(path: Any) -> str:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path is {path!r}; it must be a string or a path")
+    return os.path.abspath(os.fspath(path))
+
+
+# The description that memory carries, so that whoever attaches needs nothing else ----------
+
+
+def describe(schema: Schema, prioritized: bool, options: Mapping[str, Any]) -> str:
+    """A buffer as JSON text. An option that is a function belongs to one process and is left out."""
+
+    def fields(of: tuple[Field, ...]) -> list[list[Any]]:
+        return [[f.name, list(f.shape), f.dtype.str] for f in of]
+
+    return json.dumps(
+        {
+            "format": FORMAT,
+            "prioritized": prioritized,
+            "observations": fields(schema.observations),
+            "actions": fields(schema.actions),
+            "rewards": fields((schema.rewards,)),
+            "observation_structure": schema.observation_structure,
+            "action_structure": schema.action_structure,
+            "options": {name: value for name, value in options.items() if not callable(value)},
+        },
+        allow_nan=False,
+    )
+
+
+def understand(text: str, prioritized: bool) -> tuple[Schema, dict[str, Any]]:
+    """The schema and the options of a description. ValueError where it is none, or that of the other kind of buffer."""
+    try:
+        found = json.loads(text)
+        if found["format"] != FORMAT:
+            raise ValueError(f"the format is {found['format']}; this version reads {FORMAT}")
+        if found["prioritized"] != prioritized:
+            own, other = ("PrioritizedReplayBuffer", "ReplayBuffer")[:: 1 if prioritized else -1]
+            raise ValueError(f"the buffer is a {other}; attach to it with {other}.attach, not {own}.attach")
+        schema = Schema(
+            _fields(found["observations"]),
+            _fields(found["actions"]),
+            _fields(found["rewards"])[0],
+            _structure(found["observation_structure"]),
+            _structure(found["action_structure"]),
+        )
+        return schema, dict(found["options"])
+    except (LookupError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"the buffer's description cannot be read: {error!r}") from None
+
+
+def _fields(described: list[Any]) -> tuple[Field, ...]:
+    fields = tuple(Field(str(name), tuple(int(n) for n in shape), np.dtype(dtype)) for name, shape, dtype in described)
+    for f in fields:
+        if f.dtype.hasobject or any(length < 1 for length in f.shape):
+            raise ValueError(f"the buffer's description gives {f.name} the shape {f.shape} and the dtype {f.dtype}")
+    return fields
+
+
+def _structure(described: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if described is None:
+        return None
+    keys, members = described
+    return (keys if isinstance(keys, int) else tuple(keys), tuple(_structure(member) for member in members))
+
+
+@contextmanager
+def naming(place: Place) -> Iterator[None]:
+    """Errors of what was found in a place get its name in front."""
+    try:
+        yield
+    except ValueError as error:
+        where = {"named": f"shared memory {place.target!r}", "file": f"file {place.target!r}"}
+        raise ValueError(f"{where.get(place.kind, 'shared memory')}: {error}") from None
+
+
+# Pickling. Memory without a name travels as a descriptor, which only multiprocessing can pass on ----------
+
+
+def allow_multiprocessing(cls: type[Any]) -> None:
+    """Let multiprocessing (any start method, queues, pipes) pass buffers of exactly this class to other processes."""
+    reduction.register(cls, _reduce_in_multiprocessing)
+
+
+def reduce_plainly(buffer: Shareable) -> tuple[Any, ...]:
+    """What any other pickle gets: the name or the path. TypeError where the memory has neither."""
+    buffer._descriptor()  # not after close()
+    place = buffer._place
+    if place.kind == "private":
+        refuse_private()
+    if place.kind == "shared":
+        raise TypeError(
+            "a buffer with shared=True passes to other processes through multiprocessing only; for others give it "
+            "a name (shared='name') or a path"
+        )
+    return _attach, (type(buffer), place, None, buffer._options())
+
+
+def _reduce_in_multiprocessing(buffer: Shareable) -> tuple[Any, ...]:
+    if buffer._place.kind != "shared":
+        return reduce_plainly(buffer)
+    # Given to a child as it starts, or fetched from this process by whoever unpickles it, once.
+    descriptor = reduction.DupFd(buffer._descriptor())
+    return _attach, (type(buffer), buffer._place, descriptor, buffer._options())
+
+
+def _attach(cls: type[Any], place: Place, descriptor: Any, options: dict[str, Any]) -> Any:
+    return cls._attach_to(place, None if descriptor is None else descriptor.detach(), options)
+
+
+def refuse_private() -> NoReturn:
+    """TypeError: this buffer stays in its process."""
+    raise TypeError(
+        "a private buffer stays in its process; make it with shared=True (or shared='name', path=...) to pass it to "
+        "another, or save() it"
+    )
+
+
+def refuse_copy(buffer: Any, memo: Any = None) -> NoReturn:
+    """TypeError: what `copy` and `deepcopy` give."""
+    raise TypeError(
+        f"a {type(buffer).__name__} is not copied; use save() and load() for a second buffer, and attach() or "
+        "multiprocessing for the same memory in another process"
+    )
+
+
+# The end ----------
+
+
+def at_end(buffer: Any, action: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """Runs `action` once: when called, when the buffer is gone, or when this process ends normally.
+
+    Only in this process: forked children never run it, nor does a process that is killed. multiprocessing's own list
+    of such actions is used since its children leave out those of the standard library's `atexit`; the negative
+    priority puts it after the children have been joined, who may still want to attach.
+    """
+    return util.Finalize(buffer, action, arguments, exitpriority=-10)
+
+
+class _Closed:
+    """Stands in for the core of a buffer that was closed."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ValueError("the buffer is closed")
+
+
+CLOSED: Any = _Closed()
