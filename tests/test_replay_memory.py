@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 
 import numpy as np
@@ -79,13 +80,13 @@ def test_tensors_are_aligned_and_do_not_overlap():
         batch = buffer.sample(batch_size)
         spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in batch)
         assert all(start % 64 == 0 for start, _ in spans)
-        assert all(end <= start for (_, end), (start, _) in zip(spans[:-1], spans[1:], strict=True))
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64".split(),
-)
+DTYPES = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float16", "float32", "float64", "complex64"])
 def test_every_dtype_arrives_as_itself(dtype):
     buffer = ReplayBuffer(4, {"observations": ((2, 3), dtype), "actions": ((), dtype)})
     values = np.arange(6).reshape(2, 3).astype(dtype)

@@ -164,8 +164,8 @@ class PyReplay {
   // One that another process made.
   PyReplay(const std::vector<FieldSpec>& fields, size_t observation_fields, bool share_successors, Segment& segment)
       : reader_(field_types(fields), observation_fields) {
-    replay_ = std::make_unique<Replay>(record_layout(fields, reader_, observation_fields, share_successors),
-                                       segment.take());
+    replay_ =
+        std::make_unique<Replay>(record_layout(fields, reader_, observation_fields, share_successors), segment.take());
     make_maker();
   }
 
@@ -193,7 +193,7 @@ class PyReplay {
   // handles and steps. A torch function that allocated would let the interpreter's lock go each time, which hands an
   // inserting thread its whole turn.
   py::typing::Tuple<py::capsule, py::ellipsis> sample_fresh(size_t n, uint32_t n_step, double discount,
-                                                                   double importance_exponent, uint32_t flags) {
+                                                            double importance_exponent, uint32_t flags) {
     const size_t count = maker_->tensors();
     Few<DLManagedTensor*> tensors(count);
     Few<uint8_t*> addresses(count);
@@ -244,9 +244,7 @@ class PyReplay {
             {"sampled_ages", s.ages}};
   }
 
-  size_t remove(uintptr_t handles, size_t n) {
-    return replay_->remove(reinterpret_cast<const int64_t*>(handles), n);
-  }
+  size_t remove(uintptr_t handles, size_t n) { return replay_->remove(reinterpret_cast<const int64_t*>(handles), n); }
 
   void set_priority_exponent(double exponent) {
     const py::gil_scoped_release released;
@@ -311,7 +309,8 @@ class PyReplay {
     }
     py::typing::List<py::array> out;
     for (const py::array& field : fields) out.append(field[py::slice(0, count, 1)]);
-    for (const py::array& more : std::initializer_list<py::array>{handles, streams, terminated, truncated, priorities}) {
+    for (const py::array& more :
+         std::initializer_list<py::array>{handles, streams, terminated, truncated, priorities}) {
       out.append(more);
     }
     return out;
@@ -371,8 +370,7 @@ class PyReplay {
 
  private:
   // flags: 1 stratified, 2 with replacement, 4 importance weights bound by the buffer.
-  static SampleRequest request(size_t n, uint32_t n_step, double discount, double importance_exponent,
-                               uint32_t flags) {
+  static SampleRequest request(size_t n, uint32_t n_step, double discount, double importance_exponent, uint32_t flags) {
     SampleRequest made{n};
     made.n_step = n_step;
     made.discount = discount;

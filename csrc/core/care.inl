@@ -40,7 +40,7 @@ inline const SegmentHeader& opened(const Memory& memory) {
            std::to_string(SegmentHeader::kVersion));
   }
   if (__atomic_load_n(&h.ready, __ATOMIC_ACQUIRE) != 1) refuse("its maker has not finished it");
-  if (h.segment_bytes != memory.bytes() || h.meta_bytes > h.segment_bytes) {
+  if (h.segment_bytes != memory.bytes() || h.meta_bytes > h.segment_bytes - sizeof(SegmentHeader)) {
     refuse("it has " + std::to_string(memory.bytes()) + " bytes, and its header says " +
            std::to_string(h.segment_bytes));
   }

@@ -170,7 +170,7 @@ template <class Access>
 template <class Real>
 size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, size_t n) {
   SegmentHeader& h = header();
-  const uint64_t issued = word(h.next_ticket).load(std::memory_order_acquire), capacity = layout_.capacity;
+  const uint64_t issued = next_ticket(), issued_lap = place_of(issued).lap;
   const PriorityMap map = priority_map();
   Scratch& s = scratch(n, 0);
   float largest = 0.0f;
@@ -200,6 +200,8 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
   }
 
   const LeafCode& code = tree_.code;
+  // Of rows older than this the lap bits alone might have come round to the same value again.
+  const uint64_t laps_told_apart = std::min(code.lap_mask, RecordState::kTagMask) / 2;
   constexpr size_t kAhead = 8;
   size_t refused = 0;
   const auto change_bucket = [&s](LeafCode::State state, uint64_t weight, int32_t by) {
@@ -219,8 +221,7 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
       if (i + kAhead < n) prefetch(i + kAhead);
       const Place at{static_cast<uint64_t>(handles[i]), s.slots[i], s.words[i]};
       const float priority = std::bit_cast<float>(static_cast<uint32_t>(s.bits[i]));
-      // Older than a whole ring: the lap bits alone might have come round to the same value again.
-      if (at.ticket + capacity < issued || !set_priority(at, priority)) {
+      if (at.lap + laps_told_apart < issued_lap || !set_priority(at, priority)) {
         ++refused;
         continue;
       }
@@ -277,7 +278,8 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
 template <class Access>
 size_t ReplayT<Access>::remove(const int64_t* handles, size_t n) {
   SegmentHeader& h = header();
-  const uint64_t issued = word(h.next_ticket).load(std::memory_order_acquire);
+  const uint64_t issued = next_ticket(), issued_lap = place_of(issued).lap;
+  const uint64_t laps_told_apart = std::min(tree_.code.lap_mask, RecordState::kTagMask) / 2;
   for (size_t i = 0; i < n; ++i) {
     if (handles[i] < 0 || static_cast<uint64_t>(handles[i]) >= issued) {
       throw std::invalid_argument("handles[" + std::to_string(i) + "] is " + std::to_string(handles[i]) +
@@ -290,7 +292,7 @@ size_t ReplayT<Access>::remove(const int64_t* handles, size_t n) {
     const Place at = place_of(static_cast<uint64_t>(handles[i]));
     const LeafCode& code = tree_.code;
     const uint64_t leaf = tree_.leaf(at.slot).load(std::memory_order_acquire);
-    if (at.ticket + layout_.capacity < issued || !code.has_lap(leaf, at.lap) || !code.is_row(leaf) ||
+    if (at.lap + laps_told_apart < issued_lap || !code.has_lap(leaf, at.lap) || !code.is_row(leaf) ||
         !set_priority(at, -1.0f)) {
       ++refused;
       continue;

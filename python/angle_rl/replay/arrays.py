@@ -91,3 +91,15 @@ def host(name: str, value: Any) -> torch.Tensor:
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{name} has the dtype {array.dtype}; it must be numbers")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def handle_tensor(handles: Any) -> torch.Tensor:
+    """Handles as a contiguous int64 tensor in host memory; TypeError where they are no integers."""
+    if type(handles) is torch.Tensor and handles.dtype is torch.int64 and handles.is_cpu and handles.is_contiguous():
+        return handles
+    tensor = host("handles", handles)
+    if not np.can_cast(tensor.numpy().dtype, np.int64, "same_kind") and tensor.numel() > 0:
+        raise TypeError(f"handles has the dtype {tensor.dtype}; handles are int64")
+    if tensor.dim() != 1:
+        raise ValueError(f"handles has the shape {tuple(tensor.shape)}; it must be (n,)")
+    return tensor.to(torch.int64)

@@ -10,83 +10,204 @@ import numpy as np
 import torch
 
 from angle_rl import _core
-from angle_rl.replay.arrays import as_array, check_integer, check_number, column, require_memory
-from angle_rl.schema import Schema, flatten, make_schema, unflatten
+from angle_rl.replay import sharing
+from angle_rl.replay.arrays import as_array, check_integer, check_number, column, handle_tensor, require_memory
+from angle_rl.replay.batches import BatchLayout
+from angle_rl.replay.images import frames_of, shares_successors
+from angle_rl.replay.sharing import Place
+from angle_rl.schema import Schema, flatten, make_schema
 from angle_rl.types import Array, Batch
 
 ImportanceExponent: TypeAlias = "float | Callable[[int], float]"
 """A number, or a schedule from the number of rows inserted so far to a number."""
 
+Described: TypeAlias = "Mapping[str, Any] | Sequence[Any] | Schema | None"
+"""What :func:`~angle_rl.schema.make_schema` takes."""
 
 # What torch.utils.dlpack.from_dlpack calls for a capsule, without the wrapper's 0.15 us.
 _to_tensor: Callable[[Any], torch.Tensor] = getattr(torch._C, "_from_dlpack", torch.utils.dlpack.from_dlpack)
-_data_ptr, _numel = torch.Tensor.data_ptr, torch.Tensor.numel
+_STRATIFIED, _REPLACEMENT, _BOUND_BY_BUFFER = 1, 2, 4  # the core's flags of a sample
+_MOST_STEPS = 2**20
 
 
 class ReplayBuffer:
     """Uniform replay: every stored row is equally likely.
 
     Rows are transitions; the oldest is overwritten when ``capacity`` is reached. Any thread may insert and sample at
-    any time; none waits for another. With one thread, the same seed and the
-    same calls give the same batches bit for bit.
+    any time, and any process that the buffer was shared with; none waits for another. With one thread, the same seed
+    and the same calls give the same batches bit for bit.
 
     Args:
         capacity: rows kept, at least 1. The memory is reserved at once; a MemoryError says when it is not to be had.
         schema: what a row holds; see :func:`~angle_rl.schema.make_schema`. Or give both spaces:
         observation_space, action_space: Gymnasium spaces of one environment.
-        discount: factor in [0, 1] of the bootstrap value, which ``sample`` puts into ``Batch.discounts``.
+        n_step: rewards summed a row, at least 1 (Sutton, "Learning to predict by the methods of temporal differences",
+            1988). The sum stops at an episode's end and at the stream's newest row; ``Batch.steps`` has its length.
+        discount: factor in [0, 1] from one reward to the next; ``Batch.discounts`` has it to the power of steps.
         stratified: one draw from each of ``batch_size`` equal shares (lower variance) instead of independent draws.
+        replacement: whether a batch may hold a row twice.
+        share_successors: keep no ``next_observations`` but read them from the stream's next row: half the memory. Each
+            stream's newest observation and each episode's final one take a row's place of the capacity: ``len`` stays
+            below it. None: where an observation is a uint8 image.
+        frame_stack: observations whose first axis has this length are stacks of frames, oldest first; only the newest
+            frame of each is kept, and stacks are put together when sampled. Needs shared successors. 1: no stacks.
+            None: for uint8 observations ``(2 or 4, height, width)``.
         seed: in [0, 2**64), decides every draw.
+        device: where sampled tensors are, unless ``sample`` says otherwise.
+        shared: True: memory that forked children share and that ``multiprocessing`` passes to others. A name: other
+            processes of this user find it by :meth:`attach`; it is taken away by :meth:`close` or when the process
+            that made it ends. Linux only.
+        path: keep the memory in a new file of this name, for buffers larger than memory; :meth:`attach` opens it again.
+
+    Attributes:
+        n_step, discount, stratified, replacement: as above; may be set at any time, in this process.
     """
 
     _prioritized = False
+    _end: Callable[[], Any] | None
 
     def __init__(
         self,
         capacity: int,
-        schema: Mapping[str, Any] | Sequence[Any] | Schema | None = None,
+        schema: Described = None,
         *,
         observation_space: gym.Space[Any] | None = None,
         action_space: gym.Space[Any] | None = None,
+        n_step: int = 1,
         discount: float = 0.99,
         stratified: bool = True,
+        replacement: bool = True,
+        share_successors: bool | None = None,
+        frame_stack: int | None = None,
         seed: int = 0,
+        device: torch.device | str = "cpu",
+        shared: bool | str | None = None,
+        path: Any = None,
     ) -> None:
-        self._build(capacity, schema, observation_space, action_space, discount, stratified, seed, 0.0, 0.0)
+        options = {
+            "capacity": capacity,
+            "n_step": n_step,
+            "discount": discount,
+            "stratified": stratified,
+            "replacement": replacement,
+            "share_successors": share_successors,
+            "frame_stack": frame_stack,
+            "seed": seed,
+            "device": str(device),
+        }
+        self._create(make_schema(schema, observation_space, action_space), options, sharing.place_of(shared, path))
 
-    def _build(
-        self,
-        capacity: int,
-        schema: Mapping[str, Any] | Sequence[Any] | Schema | None,
-        observation_space: gym.Space[Any] | None,
-        action_space: gym.Space[Any] | None,
-        discount: float,
-        stratified: bool,
-        seed: int,
-        priority_exponent: float,
-        priority_epsilon: float,
-    ) -> None:
-        self.schema = make_schema(schema, observation_space, action_space)
-        self.discount = check_number("discount", discount, 0.0, 1.0)
-        capacity = check_integer("capacity", capacity, 1, 2**63 - 1)
-        seed = check_integer("seed", seed, 0, 2**64 - 1)
-        fields = self.schema.fields
-        row = sum(int(np.prod(f.shape, dtype=object)) * f.dtype.itemsize for f in fields)
-        require_memory(capacity, row + 32)
+    def __init_subclass__(cls) -> None:
+        sharing.allow_multiprocessing(cls)
+
+    # ---- making and opening ----
+
+    def _create(self, schema: Schema, options: dict[str, Any], place: Place) -> None:
+        capacity = check_integer("capacity", options["capacity"], 1, 2**63 - 1)
+        seed = check_integer("seed", options["seed"], 0, 2**64 - 1)
+        share = shares_successors(schema, options["share_successors"], options["frame_stack"])
+        frames = frames_of(schema, options["frame_stack"], share)
+        options |= {"share_successors": share, "frame_stack": max(frames)}
+        row = sum(int(np.prod(f.shape, dtype=object)) * f.dtype.itemsize for f in schema.fields)
+        if place.kind != "file" and not share:
+            require_memory(capacity, row + 32)
+        self._configure(schema, options, place)
+        meta = sharing.describe(schema, self._prioritized, options)
         self._core = _core.Replay(
-            capacity,
-            [(f.name, f.dtype, list(f.shape)) for f in fields],
-            len(self.schema.observations),
-            self._prioritized,
-            bool(stratified),
-            priority_exponent,
-            priority_epsilon,
-            seed,
+            fields=self._field_specs(frames),
+            observation_fields=len(schema.observations),
+            share_successors=share,
+            capacity=capacity,
+            prioritized=self._prioritized,
+            seed=seed,
+            kind=place.kind,
+            target=place.target,
+            meta=meta,
+            **self._core_priorities(options),
         )
-        self._flat = self.schema.observation_structure is None and self.schema.action_structure is None
-        self._torch_dtypes = [torch.from_numpy(np.empty(0, f.dtype)).dtype for f in fields]
+        if place.kind == "named":
+            self._end = sharing.at_end(self, _core.Segment.unlink, place.target)
+
+    def _core_priorities(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The core's arguments about priorities, checked."""
+        return {"priority_exponent": 0.0, "priority_epsilon": 0.0, "default_kind": "given", "default_priority": 1.0}
+
+    def _configure(self, schema: Schema, options: Mapping[str, Any], place: Place) -> None:
+        """Everything but the core."""
+        self.schema = schema
+        self._place = place
+        self._end = None
+        self._fixed = {name: options[name] for name in ("capacity", "share_successors", "frame_stack", "seed")}
+        self.n_step = check_integer("n_step", options["n_step"], 1, _MOST_STEPS)
+        self.discount = check_number("discount", options["discount"], 0.0, 1.0)
+        self.stratified = bool(options["stratified"])
+        self.replacement = bool(options["replacement"])
+        self._device = torch.device(options["device"])
+        self._bound_by_buffer = False
         self._importance_exponent: ImportanceExponent = 0.0
-        self._checked_out: tuple[Batch | None, int, tuple[int, ...], tuple[int, ...]] = (None, 0, (), ())
+        if self.n_step > 1:
+            self._require_sums()
+        self._flat = schema.observation_structure is None and schema.action_structure is None
+        self._batches = BatchLayout(schema)
+
+    def _require_sums(self) -> None:
+        if self.schema.rewards.dtype.itemsize < 4:
+            raise ValueError(f"n_step is above 1; rewards of {self.schema.rewards.dtype} are not summed, float32 are")
+
+    def _field_specs(self, frames: Sequence[int]) -> list[Any]:
+        return [(f.name, f.dtype, list(f.shape), k) for f, k in zip(self.schema.fields, frames, strict=True)]
+
+    def _options(self) -> dict[str, Any]:
+        """The constructor's options as they are now."""
+        changing = {name: getattr(self, name) for name in ("n_step", "discount", "stratified", "replacement")}
+        return {**self._fixed, **changing, "device": str(self._device)}
+
+    @classmethod
+    def attach(cls, name: str | None = None, *, path: Any = None) -> Any:
+        """The buffer that another process made with ``shared=name``, or one that was made with ``path=``.
+
+        It has the schema and the options of its maker; schedules do not travel. Raises ValueError, naming it, where it
+        is no buffer of this kind and version, FileNotFoundError where there is none.
+        """
+        return cls._attach_to(sharing.place_to_attach(name, path), None, None)
+
+    @classmethod
+    def _attach_to(cls, place: Place, descriptor: int | None, options: Mapping[str, Any] | None) -> Any:
+        with sharing.naming(place):
+            segment = _core.Segment.open(place.kind, place.target, -1 if descriptor is None else descriptor)
+            schema, described = sharing.understand(segment.meta(), cls._prioritized)
+            found = {**described, **(options or {})}
+            buffer = cls.__new__(cls)
+            buffer._configure(schema, found, place)
+            specs = buffer._field_specs(frames_of(schema, found["frame_stack"], found["share_successors"]))
+            buffer._core = _core.Replay(specs, len(schema.observations), found["share_successors"], segment)
+        return buffer
+
+    def _descriptor(self) -> int:
+        return self._core.descriptor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return sharing.reduce_plainly(self)
+
+    def __copy__(self) -> Any:
+        sharing.refuse_copy(self)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        sharing.refuse_copy(self)
+
+    def close(self) -> None:
+        """Give the memory back, in this process; any later use raises ValueError. A name goes with its maker."""
+        if self._end is not None:
+            self._end()
+        self._core = sharing.CLOSED
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- looking in ----
 
     def __len__(self) -> int:
         return self._core.size
@@ -101,10 +222,48 @@ class ReplayBuffer:
         """Bytes of memory reserved, rows and index together."""
         return self._core.nbytes
 
-    def stats(self) -> dict[str, int]:
-        """Counts since the buffer was made: rows inserted and sampled, priorities updated and refused, slots met busy,
-        draws repeated, weights saturated, rows whose observations hold a NaN; and the rows held and bytes reserved."""
-        return {**self._core.stats(), "size": len(self), "capacity": self.capacity, "nbytes": self.nbytes}
+    @property
+    def importance_exponent(self) -> ImportanceExponent:
+        """The number or schedule that ``sample`` takes where none is given; 0 on a uniform buffer."""
+        return self._importance_exponent
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the buffer was made, by all threads and processes. About 3 us; any thread.
+
+        ``inserts``, ``samples`` (rows), ``updates`` (priorities), ``refused_updates`` (handles whose row was
+        overwritten or removed), ``removed``, ``busy_slots`` (tickets given up since their slot was being written),
+        ``retries`` (draws repeated), ``saturated_weights``, ``nan_observations`` (rows), ``held`` (observations kept
+        for themselves alone); ``mean_sampled_age`` (tickets since a sampled row's own, mean over all sampled rows);
+        ``weight_histogram``: (least weight, rows) of each bucket of 3 % in weight that has any;
+        ``size``, ``capacity``, ``nbytes``.
+        """
+        counts: dict[str, Any] = self._core.stats()
+        ages = counts.pop("sampled_ages")
+        return {
+            **counts,
+            "mean_sampled_age": ages / counts["samples"] if counts["samples"] else 0.0,
+            "weight_histogram": [(weight / 2**20, rows) for weight, rows in self._core.histogram()],
+            "size": len(self),
+            "capacity": self.capacity,
+            "nbytes": self.nbytes,
+        }
+
+    def audit(self) -> list[str]:
+        """What does not add up, one sentence each; empty when all is well. At rest exact; calls under way show, too.
+
+        A process that was killed leaves at most: its half-written rows as busy slots, and sums and counts off by the
+        calls that it was in. O(capacity); any thread.
+        """
+        return self._core.audit()
+
+    def repair(self) -> int:
+        """Mend what :meth:`audit` finds; returns how many weights, sums and counts changed.
+
+        Only at rest: RuntimeError if rows are inserted, updated or removed meanwhile. O(capacity).
+        """
+        return self._core.repair()
+
+    # ---- rows in ----
 
     def insert(
         self,
@@ -115,6 +274,8 @@ class ReplayBuffer:
         terminated: Any,
         truncated: Any = None,
         streams: Any = None,
+        *,
+        priorities: Any = None,
     ) -> Array:
         """Add one transition, or ``n`` with a leading axis on every argument.
 
@@ -125,7 +286,10 @@ class ReplayBuffer:
             rewards: a finite number or ``[n]``.
             terminated, truncated: bool or ``[n]`` bool. A terminated row has no bootstrap value, a truncated one has.
             streams: which environment each row came from, an integer in [0, 65536) or ``[n]``; rows of one stream
-                come in time order. None: all from stream 0.
+                come in time order. None: all from stream 0. A writer that takes over from one that was cut off within
+                an episode needs a stream of its own.
+            priorities: a td_error or ``[n]`` for rows that come with theirs, finite and not negative; None: the
+                default. Prioritised buffers only.
 
         Returns:
             int64 handles ``[n]`` (``[1]`` for one row), for :meth:`PrioritizedReplayBuffer.update_priorities`.
@@ -136,13 +300,15 @@ class ReplayBuffer:
         Arrays and CPU tensors of the right dtype that are contiguous are taken without a copy; others are converted by
         NumPy's ``same_kind`` rule. Any thread; rows of one stream from one thread at a time.
         """
-        if self._flat and type(observations) is np.ndarray:
+        if self._flat and type(observations) is np.ndarray and priorities is None:
             handles: Array | None = self._core.insert(
-                (observations, actions, rewards, next_observations), terminated, truncated, streams
+                (observations, actions, rewards, next_observations), terminated, truncated, streams, None
             )
             if handles is not None:
                 return handles
-        return self._insert_checked(observations, actions, rewards, next_observations, terminated, truncated, streams)
+        return self._insert_checked(
+            observations, actions, rewards, next_observations, terminated, truncated, streams, priorities
+        )
 
     def _insert_checked(
         self,
@@ -153,6 +319,7 @@ class ReplayBuffer:
         terminated: Any,
         truncated: Any,
         streams: Any,
+        priorities: Any,
     ) -> Array:
         schema = self.schema
         values: list[Any] = []
@@ -171,25 +338,48 @@ class ReplayBuffer:
         cut = None if truncated is None else column("truncated", truncated, (), flag, n, batched)
         if streams is not None:
             streams = column("streams", streams, (), np.dtype(np.int64), n, batched)
-        handles: Array | None = self._core.insert(columns, ended, cut, streams)
+        if priorities is not None:
+            if not self._prioritized:
+                raise ValueError("priorities is given; a uniform buffer has none")
+            priorities = column("priorities", priorities, (), np.dtype(np.float32), n, batched)
+        handles: Array | None = self._core.insert(columns, ended, cut, streams, priorities)
         if handles is None:
             raise RuntimeError("the core refused arrays that the facade had converted; please report this")
         return handles
+
+    def remove(self, handles: Any) -> int:
+        """Take rows out of the draws for good; windows of n steps still pass through them.
+
+        Args:
+            handles: int64 ``[n]``, from :meth:`insert` or ``Batch.handles``.
+
+        Returns:
+            How many were refused because their row has been overwritten or removed before.
+
+        Raises ValueError for a handle that was never issued; nothing is removed then. Any thread.
+        """
+        tensor = handle_tensor(handles)
+        return self._core.remove(tensor.data_ptr(), tensor.numel())
+
+    # ---- batches out ----
 
     def sample(
         self,
         batch_size: int,
         *,
+        n_step: int | None = None,
         discount: float | None = None,
         importance_exponent: float | None = None,
+        stratified: bool | None = None,
+        replacement: bool | None = None,
         out: Batch | None = None,
         device: torch.device | str | None = None,
     ) -> Batch:
-        """Draw ``batch_size`` rows with replacement.
+        """Draw ``batch_size`` rows.
 
         Args:
-            batch_size: at least 1.
-            discount: in [0, 1]; None: the buffer's.
+            batch_size: at least 1; without replacement at most the rows of positive weight.
+            n_step, discount, stratified, replacement: None: the buffer's.
             importance_exponent: at least 0; None: the buffer's. Without effect on a uniform buffer.
             out: a batch that an earlier call returned, to be filled again instead of allocating.
             device: where the tensors shall be; CUDA is reached by an asynchronous copy from pinned memory.
@@ -199,84 +389,68 @@ class ReplayBuffer:
             when it was read; the batch is no snapshot of the buffer.
 
         Raises:
-            ValueError: the buffer is empty, no row has positive weight, or an argument is out of range.
+            ValueError: the buffer is empty, no row has positive weight, there are too few for a batch without
+                replacement, or an argument is out of range.
 
         Any thread. Importance weights are ``(N P(i))**-importance_exponent`` over the batch's largest (Schaul et al.,
         "Prioritized experience replay", 2016, section 3.4).
         """
-        if type(batch_size) is not int or not 0 < batch_size < 2**31:
-            batch_size = check_integer("batch_size", batch_size, 1, 2**31 - 1)
+        arguments = self._sample_arguments(batch_size, n_step, discount, importance_exponent, stratified, replacement)
+        if device is not None or (out is None and self._device.type != "cpu"):
+            return self._sample_to(torch.device(device or self._device), arguments, out)
+        if out is None:
+            tensors = map(_to_tensor, self._core.sample_fresh(*arguments))
+            return Batch._make(tensors) if self._flat else self._batches.assemble(list(tensors))
+        self._core.sample(*arguments, self._batches.addresses(out, arguments[0]))
+        return out
+
+    def _sample_arguments(
+        self,
+        n: Any,
+        n_step: Any = None,
+        discount: Any = None,
+        importance_exponent: Any = None,
+        stratified: bool | None = None,
+        replacement: bool | None = None,
+    ) -> tuple[int, int, float, float, int]:
+        """What the core takes, checked."""
+        if type(n) is not int or not 0 < n < 2**31:
+            n = check_integer("batch_size", n, 1, 2**31 - 1)
+        if n_step is None:
+            n_step = self.n_step
+        if type(n_step) is not int or n_step != 1:
+            n_step = check_integer("n_step", n_step, 1, _MOST_STEPS)
+            if n_step > 1:
+                self._require_sums()
         discount = self.discount if discount is None else check_number("discount", discount, 0.0, 1.0)
         if importance_exponent is None:
             exponent = self._importance_exponent
             importance_exponent = exponent if isinstance(exponent, float) else self._scheduled(exponent)
         else:
             importance_exponent = check_number("importance_exponent", importance_exponent, 0.0)
-        if device is not None:
-            return self._sample_to(torch.device(device), batch_size, discount, importance_exponent, out)
-        if out is None:
-            tensors = map(_to_tensor, self._core.sample_fresh(batch_size, discount, importance_exponent))
-            return Batch._make(tensors) if self._flat else self._assemble(list(tensors))
-        self._core.sample(batch_size, discount, importance_exponent, self._addresses(out, batch_size))
-        return out
+        flags = _STRATIFIED if (self.stratified if stratified is None else stratified) else 0
+        if self.replacement if replacement is None else replacement:
+            flags |= _REPLACEMENT
+        if self._bound_by_buffer:
+            flags |= _BOUND_BY_BUFFER
+        return n, n_step, discount, importance_exponent, flags
 
     def _scheduled(self, schedule: Callable[[int], float]) -> float:
         return check_number("importance_exponent", float(schedule(self._core.stats()["inserts"])), 0.0)
 
-    def _sizes(self, n: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of a batch's tensors: the schema's fields, discounts, importance weights, handles, steps."""
-        shapes: list[tuple[int, ...]] = [(n, *f.shape) for f in self.schema.fields]
-        sizes = list(zip(shapes, self._torch_dtypes, strict=True))
-        return [*sizes, *[((n,), torch.float32)] * 2, *[((n,), torch.int64)] * 2]
-
-    def _assemble(self, tensors: list[torch.Tensor]) -> Batch:
-        left = list(tensors)
-        observations = unflatten(self.schema.observation_structure, left)
-        actions = unflatten(self.schema.action_structure, left)
-        rewards = left.pop(0)
-        successors = unflatten(self.schema.observation_structure, left)
-        return Batch(observations, actions, rewards, successors, *left)
-
-    def _leaves(self, batch: Batch) -> Sequence[torch.Tensor]:
-        if self._flat:
-            return batch
-        leaves: list[torch.Tensor] = []
-        flatten("observations", self.schema.observation_structure, batch.observations, leaves)
-        flatten("actions", self.schema.action_structure, batch.actions, leaves)
-        leaves.append(batch.rewards)
-        flatten("next_observations", self.schema.observation_structure, batch.next_observations, leaves)
-        return [*leaves, batch.discounts, batch.importance_weights, batch.handles, batch.steps]
-
-    def _addresses(self, out: Batch, n: int) -> tuple[int, ...]:
-        """The addresses of ``out``'s tensors, checked anew when any of them has moved or changed its size."""
-        leaves = self._leaves(out)
-        addresses, lengths = tuple(map(_data_ptr, leaves)), tuple(map(_numel, leaves))
-        checked = self._checked_out
-        if checked[0] is out and checked[1] == n and checked[2] == addresses and checked[3] == lengths:
-            return addresses
-        names = [f.name for f in self.schema.fields]
-        names += ["discounts", "importance_weights", "handles", "steps"]
-        for name, leaf, (size, dtype) in zip(names, leaves, self._sizes(n), strict=True):
-            fits = tuple(leaf.shape) == size and leaf.dtype == dtype
-            if not fits or not leaf.is_contiguous() or leaf.device.type != "cpu":
-                raise ValueError(
-                    f"out.{name} is {leaf.dtype} {tuple(leaf.shape)} on {leaf.device}; expected {dtype} "
-                    f"{size}, contiguous, on cpu"
-                )
-        if len(set(addresses)) < len(addresses):
-            raise ValueError("out holds the same memory twice; every tensor must have its own")
-        self._checked_out = (out, n, addresses, lengths)
-        return addresses
-
     def _sample_to(
-        self, device: torch.device, n: int, discount: float, importance_exponent: float, out: Batch | None
+        self, device: torch.device, arguments: tuple[int, int, float, float, int], out: Batch | None
     ) -> Batch:
         if out is not None:
             raise ValueError("out and device are both given; out is filled where it is, so leave one of them out")
         pinned = device.type == "cuda"
-        tensors = [torch.empty(size, dtype=dtype, pin_memory=pinned) for size, dtype in self._sizes(n)]
-        self._core.sample(n, discount, importance_exponent, tuple(map(_data_ptr, tensors)))
-        return self._assemble([t.to(device, non_blocking=True) for t in tensors])
+        tensors = [
+            torch.empty(size, dtype=dtype, pin_memory=pinned) for size, dtype in self._batches.sizes(arguments[0])
+        ]
+        self._core.sample(*arguments, tuple(map(torch.Tensor.data_ptr, tensors)))
+        return self._batches.assemble([t.to(device, non_blocking=True) for t in tensors])
+
+    # ---- state ----
 
     def export_state(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Everything that decides the next batches: byte arrays, which are views of the buffer, and JSON-able facts.
@@ -287,6 +461,8 @@ class ReplayBuffer:
             "fields": [[f.name, list(f.shape), f.dtype.str] for f in self.schema.fields],
             "capacity": self.capacity,
             "prioritized": self._prioritized,
+            "share_successors": self._fixed["share_successors"],
+            "frame_stack": self._fixed["frame_stack"],
             "size": len(self),
         }
         return self._core.parts(), facts
@@ -297,10 +473,13 @@ class ReplayBuffer:
         Raises ValueError, and changes nothing, when the state comes from another schema, capacity or kind of buffer.
         """
         own = self.export_state()[1]
-        for name in ("fields", "capacity", "prioritized"):
+        for name in ("fields", "capacity", "prioritized", "share_successors", "frame_stack"):
             if facts.get(name) != own[name]:
                 raise ValueError(f"the saved replay's {name} is {facts.get(name)}; this buffer's is {own[name]}")
         for name in ("index", "records"):
             if name not in arrays:
                 raise ValueError(f"the saved replay lacks the array {name!r}")
         self._core.restore(np.ascontiguousarray(arrays["index"]), np.ascontiguousarray(arrays["records"]))
+
+
+sharing.allow_multiprocessing(ReplayBuffer)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 
 import gymnasium as gym
-import numpy as np
 import torch
 
-from angle_rl.replay.arrays import check_number, host
-from angle_rl.replay.buffer import ImportanceExponent, ReplayBuffer
-from angle_rl.schema import Schema
+from angle_rl.replay import sharing
+from angle_rl.replay.arrays import check_number, handle_tensor, host
+from angle_rl.replay.buffer import Described, ImportanceExponent, ReplayBuffer
+from angle_rl.schema import Schema, make_schema
+
+DefaultPriority: TypeAlias = "Literal['live_maximum', 'historic_maximum'] | float"
 
 
 class PrioritizedReplayBuffer(ReplayBuffer):
@@ -19,13 +21,17 @@ class PrioritizedReplayBuffer(ReplayBuffer):
     ``w = (td_error + priority_epsilon) ** priority_exponent`` in fixed point (unit 2**-20).
 
     The weights are integers and their sums exact: at rest, whatever came before, rows are drawn with exactly their
-    share. A row's priority can never land on the row that overwrote it. New rows take the largest priority computed by
-    :meth:`update_priorities` for a row that still lives (at most 3.2 % high in weight), 1 before any update.
+    share. A row's priority can never land on the row that overwrote it. Priorities are kept as float32.
 
     Args beside those of :class:`ReplayBuffer`:
-        priority_exponent: at least 0; 0 draws uniformly.
-        importance_exponent: at least 0, or a schedule ``f(rows inserted so far) -> number``.
+        priority_exponent: at least 0; 0 draws uniformly. Setting the attribute weighs every row anew.
+        importance_exponent: at least 0, or a schedule ``f(rows inserted so far) -> number``. May be set at any time.
         priority_epsilon: at least 0, added to every td_error.
+        default_priority: of new rows that come without one. "live_maximum": the largest priority given for a row that
+            still lives (at most 3.2 % high in weight), so that an outlier is forgotten with its row;
+            "historic_maximum": the largest ever given; both 1 before any. Or a number, at least 0.
+        importance_bound: what importance weights are divided by: the largest of the "batch", or the largest that the
+            "buffer" could give (at most 3.2 % ** importance_exponent high).
     """
 
     _prioritized = True
@@ -33,33 +39,108 @@ class PrioritizedReplayBuffer(ReplayBuffer):
     def __init__(
         self,
         capacity: int,
-        schema: Mapping[str, Any] | Sequence[Any] | Schema | None = None,
+        schema: Described = None,
         *,
         observation_space: gym.Space[Any] | None = None,
         action_space: gym.Space[Any] | None = None,
         priority_exponent: float = 0.6,
         importance_exponent: ImportanceExponent = 0.4,
         priority_epsilon: float = 1e-6,
+        default_priority: DefaultPriority = "live_maximum",
+        importance_bound: Literal["batch", "buffer"] = "batch",
+        n_step: int = 1,
         discount: float = 0.99,
         stratified: bool = True,
+        replacement: bool = True,
+        share_successors: bool | None = None,
+        frame_stack: int | None = None,
         seed: int = 0,
+        device: torch.device | str = "cpu",
+        shared: bool | str | None = None,
+        path: Any = None,
     ) -> None:
-        self.priority_exponent = check_number("priority_exponent", priority_exponent, 0.0)
-        self.priority_epsilon = check_number("priority_epsilon", priority_epsilon, 0.0)
-        if not callable(importance_exponent):
-            importance_exponent = check_number("importance_exponent", importance_exponent, 0.0)
-        self._build(
-            capacity,
-            schema,
-            observation_space,
-            action_space,
-            discount,
-            stratified,
-            seed,
-            self.priority_exponent,
-            self.priority_epsilon,
+        options = {
+            "capacity": capacity,
+            "priority_exponent": priority_exponent,
+            "importance_exponent": importance_exponent,
+            "priority_epsilon": priority_epsilon,
+            "default_priority": default_priority,
+            "importance_bound": importance_bound,
+            "n_step": n_step,
+            "discount": discount,
+            "stratified": stratified,
+            "replacement": replacement,
+            "share_successors": share_successors,
+            "frame_stack": frame_stack,
+            "seed": seed,
+            "device": str(device),
+        }
+        self._create(make_schema(schema, observation_space, action_space), options, sharing.place_of(shared, path))
+
+    def _core_priorities(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        default = options["default_priority"]
+        if isinstance(default, str):
+            if default not in ("live_maximum", "historic_maximum"):
+                raise ValueError(
+                    f"default_priority is {default!r}; it must be 'live_maximum', 'historic_maximum' or a number"
+                )
+        else:
+            default = check_number("default_priority", default, 0.0)
+        return {
+            "priority_exponent": check_number("priority_exponent", options["priority_exponent"], 0.0),
+            "priority_epsilon": check_number("priority_epsilon", options["priority_epsilon"], 0.0),
+            "default_kind": default if isinstance(default, str) else "given",
+            "default_priority": 1.0 if isinstance(default, str) else default,
+        }
+
+    def _configure(self, schema: Schema, options: Mapping[str, Any], place: sharing.Place) -> None:
+        self._core_priorities(options)  # checked before anything is made
+        super()._configure(schema, options, place)
+        bound = options["importance_bound"]
+        if bound not in ("batch", "buffer"):
+            raise ValueError(f"importance_bound is {bound!r}; it must be 'batch' or 'buffer'")
+        self._bound_by_buffer = bound == "buffer"
+        self._fixed |= {name: options[name] for name in ("priority_epsilon", "default_priority", "importance_bound")}
+        self.importance_exponent = options.get("importance_exponent", self._missing_schedule)
+
+    @staticmethod
+    def _missing_schedule(inserts: int) -> float:
+        raise ValueError(
+            "importance_exponent was a schedule in the process that made this buffer, which cannot travel; set it here"
         )
-        self._importance_exponent = importance_exponent
+
+    def _options(self) -> dict[str, Any]:
+        exponent = self._importance_exponent
+        own = {} if exponent is PrioritizedReplayBuffer._missing_schedule else {"importance_exponent": exponent}
+        return {**super()._options(), **own, "priority_exponent": self.priority_exponent}
+
+    @property
+    def priority_epsilon(self) -> float:
+        """Added to every td_error."""
+        return float(self._fixed["priority_epsilon"])
+
+    @property
+    def priority_exponent(self) -> float:
+        """The exponent that weights follow. Setting it weighs every row anew by its kept priority, in all processes.
+
+        O(capacity), about 10 ns a row; any thread, and others go on meanwhile.
+        """
+        return self._core.priority_exponent()
+
+    @priority_exponent.setter
+    def priority_exponent(self, exponent: float) -> None:
+        self._core.set_priority_exponent(check_number("priority_exponent", exponent, 0.0))
+
+    @property
+    def importance_exponent(self) -> ImportanceExponent:
+        """The number or schedule that ``sample`` takes where none is given, in this process."""
+        return self._importance_exponent
+
+    @importance_exponent.setter
+    def importance_exponent(self, exponent: ImportanceExponent) -> None:
+        if not callable(exponent):
+            exponent = check_number("importance_exponent", exponent, 0.0)
+        self._importance_exponent = exponent
 
     def update_priorities(self, handles: Any, td_errors: Any) -> int:
         """Give rows new priorities.
@@ -69,7 +150,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
             td_errors: float32 or float64 ``[n]``, finite and not negative: |target - estimate|, mean over critics.
 
         Returns:
-            How many handles were refused because their row has been overwritten since.
+            How many handles were refused because their row has been overwritten or removed since.
 
         Raises:
             ValueError: a NaN, infinite or negative td_error (the first bad index is named), a handle that was never
@@ -78,16 +159,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         Arrays and CPU tensors that are contiguous go in without a copy; CUDA tensors are copied to the host.
         Any thread.
         """
-        if not (
-            type(handles) is torch.Tensor
-            and handles.dtype is torch.int64
-            and handles.is_cpu
-            and handles.is_contiguous()
-        ):
-            handles = host("handles", handles)
-            if not np.can_cast(handles.numpy().dtype, np.int64, "same_kind") and handles.numel() > 0:
-                raise TypeError(f"handles has the dtype {handles.dtype}; handles are int64")
-            handles = handles.to(torch.int64)
+        handles = handle_tensor(handles)
         if not (
             type(td_errors) is torch.Tensor
             and td_errors.dtype is torch.float32

@@ -1,0 +1,42 @@
+"""Which observations are images, and which are stacks of frames."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from angle_rl.replay.arrays import check_integer
+from angle_rl.schema import Field, Schema
+
+_SURE_STACKS = (2, 4)  # first axes that no image format uses for colours: 1 is grey, 3 colour
+
+
+def _is_image(field: Field) -> bool:
+    return field.dtype == np.uint8 and len(field.shape) >= 2
+
+
+def shares_successors(schema: Schema, asked: Any, frame_stack: Any) -> bool:
+    """Whether next observations are read from the next row. ValueError where frame stacks need it and it is refused."""
+    if asked is None:
+        return any(_is_image(field) for field in schema.observations) or (frame_stack or 1) > 1
+    if not asked and frame_stack is not None and frame_stack > 1:
+        raise ValueError(f"frame_stack is {frame_stack} and share_successors False; stacks need shared successors")
+    return bool(asked)
+
+
+def frames_of(schema: Schema, asked: Any, share: bool) -> list[int]:
+    """The frames of each of the schema's fields, 1 for none. ValueError where no observation is such a stack."""
+    if asked is not None:
+        asked = check_integer("frame_stack", asked, 1, 64)
+    frames = []
+    for field in schema.observations:
+        stacked = len(field.shape) >= 3 and field.shape[0] == asked
+        if asked is None:
+            stacked = share and _is_image(field) and len(field.shape) == 3 and field.shape[0] in _SURE_STACKS
+        frames.append(field.shape[0] if stacked else 1)
+    if asked is not None and asked > 1 and max(frames) == 1:
+        raise ValueError(f"frame_stack is {asked}; no observation has the shape ({asked}, height, width)")
+    if len({k for k in frames if k > 1}) > 1:  # two guesses that differ: neither is sure
+        frames = [1] * len(frames)
+    return [*frames, *[1] * (len(schema.actions) + 1), *frames]
