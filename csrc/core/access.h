@@ -34,9 +34,21 @@ struct AtomicWord {
   }
 };
 
+// One object of type S for each thread.
+template <class S>
+S& own_of_thread() {
+  static thread_local S own;
+  return own;
+}
+
 struct VectorAccess {
   template <class T>
   using Word = AtomicWord<T>;
+
+  template <class S>
+  static S& own() {
+    return own_of_thread<S>();
+  }
 
   static int64_t prefix_sums(const int64_t* nodes, size_t n, int64_t* prefix) {
     return kernels().replay.prefix_sums(nodes, n, prefix);
@@ -56,11 +68,17 @@ struct VectorAccess {
   static void barrier() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 };
 
-// Templated on the word, so that tests can put a scheduler under every racing access.
+// Templated on the word, so that tests can put a scheduler under every racing access; they also replace own(), since
+// their threads are none to the compiler.
 template <template <class> class WordType>
 struct WordAccessT {
   template <class T>
   using Word = WordType<T>;
+
+  template <class S>
+  static S& own() {
+    return own_of_thread<S>();
+  }
 
   static int64_t load_node(const int64_t* node) { return word(node).load(std::memory_order_relaxed); }
   static uint64_t load_node(const uint64_t* node) { return word(node).load(std::memory_order_acquire); }

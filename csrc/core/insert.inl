@@ -339,7 +339,7 @@ bool ReplayT<Access>::resume(const Place& at, const InsertRows& rows, size_t row
 
 template <class Access>
 bool ReplayT<Access>::still_shows(const Place& at, const InsertRows& rows, size_t row) {
-  thread_local std::vector<uint8_t> copy;
+  std::vector<uint8_t>& copy = scratch(0, 0).shown;
   Place current = at;
   for (uint32_t frame = record_.stack; frame-- > 0;) {
     for (size_t f = 0; f < record_.roles.observations; ++f) {

@@ -17,11 +17,12 @@ struct ReplayT<Access>::Scratch {
   std::vector<int32_t> bucket_changes[2] = {std::vector<int32_t>(kBuckets, 0), std::vector<int32_t>(kBuckets, 0)};
   std::vector<uint32_t> touched;
   std::vector<FieldCopy> fields;
+  std::vector<uint8_t> shown;  // a piece of a record to compare
 };
 
 template <class Access>
 typename ReplayT<Access>::Scratch& ReplayT<Access>::scratch(size_t n, size_t top) {
-  static thread_local Scratch s;
+  Scratch& s = Access::template own<Scratch>();
   if (s.targets.size() < n) {
     for (auto* const words : {&s.bits, &s.slots, &s.words, &s.weights, &s.ends, &s.end_laps, &s.walk, &s.walk_laps}) {
       words->resize(n);
