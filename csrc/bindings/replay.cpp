@@ -22,6 +22,8 @@
 
 #include "bindings/batch_memory.h"
 #include "bindings/bindings.h"
+#include "bindings/draw.h"
+#include "bindings/prefetch.h"
 #include "bindings/row_reader.h"
 
 namespace py = pybind11;
@@ -158,14 +160,14 @@ class PyReplay {
     options.seed = seed;
     RecordLayout record = record_layout(fields, reader_, observation_fields, share_successors);
     Memory memory = Segment::create(kind, target, Replay::bytes_needed(options, record, meta.size()));
-    replay_ = std::make_unique<Replay>(options, std::move(record), std::move(memory), meta);
+    replay_ = std::make_shared<Replay>(options, std::move(record), std::move(memory), meta);
     make_maker();
   }
   // One that another process made.
   PyReplay(const std::vector<FieldSpec>& fields, size_t observation_fields, bool share_successors, Segment& segment)
       : reader_(field_types(fields), observation_fields) {
     replay_ =
-        std::make_unique<Replay>(record_layout(fields, reader_, observation_fields, share_successors), segment.take());
+        std::make_shared<Replay>(record_layout(fields, reader_, observation_fields, share_successors), segment.take());
     make_maker();
   }
 
@@ -189,37 +191,53 @@ class PyReplay {
     return handles;
   }
 
-  // A batch in fresh memory, as DLPack capsules: the fields in the schema's order, then discounts, importance weights,
-  // handles and steps. A torch function that allocated would let the interpreter's lock go each time, which hands an
-  // inserting thread its whole turn.
+  // The memory of a batch of n rows, not drawn yet, as DLPack capsules: the fields in the schema's order, then
+  // discounts, importance weights, handles and steps.
+  py::typing::Tuple<py::capsule, py::ellipsis> blank(size_t n) const {
+    Few<uint8_t*> addresses(maker_->tensors());
+    return blank_at(n, addresses.data());
+  }
+
+  // A batch in fresh memory, as DLPack capsules. A torch function that allocated would let the interpreter's lock go
+  // each time, which hands an inserting thread its whole turn.
   py::typing::Tuple<py::capsule, py::ellipsis> sample_fresh(size_t n, uint32_t n_step, double discount,
                                                             double importance_exponent, uint32_t flags) {
-    const size_t count = maker_->tensors();
-    Few<DLManagedTensor*> tensors(count);
-    Few<uint8_t*> addresses(count);
-    maker_->make(n, tensors.data());
-    py::typing::Tuple<py::capsule, py::ellipsis> out(count);
-    for (size_t t = 0; t < count; ++t) {
-      addresses.data()[t] = static_cast<uint8_t*>(tensors.data()[t]->dl_tensor.data);
-      PyTuple_SET_ITEM(out.ptr(), static_cast<py::ssize_t>(t), to_capsule(tensors.data()[t]));
-    }
-    draw(request(n, n_step, discount, importance_exponent, flags), addresses.data());
+    Few<uint8_t*> addresses(maker_->tensors());
+    auto out = blank_at(n, addresses.data());
+    draw_now(request(n, n_step, discount, importance_exponent, flags), addresses.data());
     return out;
   }
 
   // A batch into memory that is there: one address for each tensor of sample_fresh.
   void sample(size_t n, uint32_t n_step, double discount, double importance_exponent, uint32_t flags,
               const py::typing::Tuple<py::int_, py::ellipsis>& addresses) {
-    const size_t count = maker_->tensors();
-    if (addresses.size() != count) throw std::invalid_argument("sample needs one address for each tensor");
-    Few<uint8_t*> pointers(count);
-    for (size_t t = 0; t < count; ++t) {
-      PyObject* const address = PyTuple_GET_ITEM(addresses.ptr(), static_cast<py::ssize_t>(t));
-      pointers.data()[t] = static_cast<uint8_t*>(PyLong_AsVoidPtr(address));
-      if (pointers.data()[t] == nullptr) throw py::error_already_set();
-    }
-    draw(request(n, n_step, discount, importance_exponent, flags), pointers.data());
+    Few<uint8_t*> pointers(maker_->tensors());
+    read_addresses(addresses, pointers.data());
+    draw_now(request(n, n_step, discount, importance_exponent, flags), pointers.data());
   }
+
+  // addresses: one for each tensor of a batch.
+  void read_addresses(const py::typing::Tuple<py::int_, py::ellipsis>& addresses, uint8_t** pointers) const {
+    if (addresses.size() != maker_->tensors()) throw std::invalid_argument("a batch needs one address for each tensor");
+    for (size_t t = 0; t < addresses.size(); ++t) {
+      PyObject* const address = PyTuple_GET_ITEM(addresses.ptr(), static_cast<py::ssize_t>(t));
+      pointers[t] = static_cast<uint8_t*>(PyLong_AsVoidPtr(address));
+      if (pointers[t] == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    }
+  }
+
+  // flags: 1 stratified, 2 with replacement, 4 importance weights bound by the buffer.
+  static SampleRequest request(size_t n, uint32_t n_step, double discount, double importance_exponent, uint32_t flags) {
+    SampleRequest made{n};
+    made.n_step = n_step;
+    made.discount = discount;
+    made.importance_exponent = importance_exponent;
+    made.stratified = (flags & 1) != 0;
+    made.replacement = (flags & 2) != 0;
+    made.bound_by_buffer = (flags & 4) != 0;
+    return made;
+  }
+  const std::shared_ptr<Replay>& replay() const { return replay_; }
 
   size_t update(uintptr_t handles, uintptr_t td_errors, bool is_double, size_t n) {
     std::optional<py::gil_scoped_release> released;
@@ -316,8 +334,6 @@ class PyReplay {
     return out;
   }
 
-  uint64_t sample_calls() const { return replay_->sample_calls(); }
-  bool give_back(uint64_t expected_calls, uint64_t count) { return replay_->give_back(expected_calls, count); }
   int descriptor() const { return replay_->memory().descriptor(); }
   size_t stack() const { return replay_->record().stack; }
 
@@ -369,26 +385,22 @@ class PyReplay {
   uint64_t default_weight() const { return replay_->default_weight().weight; }
 
  private:
-  // flags: 1 stratified, 2 with replacement, 4 importance weights bound by the buffer.
-  static SampleRequest request(size_t n, uint32_t n_step, double discount, double importance_exponent, uint32_t flags) {
-    SampleRequest made{n};
-    made.n_step = n_step;
-    made.discount = discount;
-    made.importance_exponent = importance_exponent;
-    made.stratified = (flags & 1) != 0;
-    made.replacement = (flags & 2) != 0;
-    made.bound_by_buffer = (flags & 4) != 0;
-    return made;
+  py::typing::Tuple<py::capsule, py::ellipsis> blank_at(size_t n, uint8_t** addresses) const {
+    const size_t count = maker_->tensors();
+    Few<DLManagedTensor*> tensors(count);
+    maker_->make(n, tensors.data());
+    py::typing::Tuple<py::capsule, py::ellipsis> out(count);
+    for (size_t t = 0; t < count; ++t) {
+      addresses[t] = static_cast<uint8_t*>(tensors.data()[t]->dl_tensor.data);
+      PyTuple_SET_ITEM(out.ptr(), static_cast<py::ssize_t>(t), to_capsule(tensors.data()[t]));
+    }
+    return out;
   }
 
-  // addresses: one for each tensor of a batch.
-  void draw(const SampleRequest& made, uint8_t* const* addresses) {
-    uint8_t* const* const rest = addresses + reader_.types().size();
-    const SampleOut out{addresses, reinterpret_cast<float*>(rest[0]), reinterpret_cast<float*>(rest[1]),
-                        reinterpret_cast<int64_t*>(rest[2]), reinterpret_cast<int64_t*>(rest[3])};
+  void draw_now(const SampleRequest& made, uint8_t* const* addresses) {
     std::optional<py::gil_scoped_release> released;
-    if (made.n * made.n_step * replay_->record().row_bytes() > kLongWorkBytes) released.emplace();
-    replay_->sample(made, out);
+    if (made.n * (row_bytes_ + 24 * (made.n_step - 1)) > kLongWorkBytes) released.emplace();
+    draw(*replay_, made, addresses);
   }
 
   void make_maker() {
@@ -404,11 +416,41 @@ class PyReplay {
     }
     const size_t pooled = std::clamp<size_t>(replay_->bytes() / 16, size_t{1} << 20, size_t{256} << 20);
     maker_ = std::make_unique<BatchMaker>(std::move(tensors), pooled);
+    row_bytes_ = replay_->record().row_bytes();
   }
 
   RowReader reader_;
-  std::unique_ptr<Replay> replay_;
+  std::shared_ptr<Replay> replay_;  // prefetchers hold it too
   std::unique_ptr<BatchMaker> maker_;
+  size_t row_bytes_ = 0;  // as callers see it
+};
+
+// A Prefetch for Python; the facade keeps the memory that it submits.
+class PyPrefetch {
+ public:
+  explicit PyPrefetch(const PyReplay& replay) : replay_(replay), prefetch_(replay.replay()) {}
+
+  void submit(uint64_t name, const py::typing::Tuple<py::int_, py::ellipsis>& addresses, size_t n, uint32_t n_step,
+              double discount, double importance_exponent, uint32_t flags) {
+    std::vector<uint8_t*> pointers(addresses.size());
+    replay_.read_addresses(addresses, pointers.data());
+    prefetch_.submit(name, PyReplay::request(n, n_step, discount, importance_exponent, flags), std::move(pointers));
+  }
+
+  std::optional<uint64_t> take() {
+    if (const auto name = prefetch_.take_ready()) return name;
+    const py::gil_scoped_release released;
+    return prefetch_.take();
+  }
+
+  void stop() {
+    const py::gil_scoped_release released;
+    prefetch_.stop();
+  }
+
+ private:
+  const PyReplay& replay_;  // kept alive by the binding
+  Prefetch prefetch_;
 };
 
 }  // namespace
@@ -441,6 +483,7 @@ void bind_replay(py::module_& m) {
            py::arg("streams"), py::arg("priorities"))
       .def("sample", &PyReplay::sample, py::arg("n"), py::arg("n_step"), py::arg("discount"),
            py::arg("importance_exponent"), py::arg("flags"), py::arg("addresses"))
+      .def("blank", &PyReplay::blank, py::arg("n"))
       .def("sample_fresh", &PyReplay::sample_fresh, py::arg("n"), py::arg("n_step"), py::arg("discount"),
            py::arg("importance_exponent"), py::arg("flags"))
       .def("update", &PyReplay::update, py::arg("handles"), py::arg("td_errors"), py::arg("is_double"), py::arg("n"))
@@ -452,8 +495,6 @@ void bind_replay(py::module_& m) {
       .def("audit", &PyReplay::audit)
       .def("repair", &PyReplay::repair)
       .def("rows", &PyReplay::rows, py::arg("first"), py::arg("n"))
-      .def("sample_calls", &PyReplay::sample_calls)
-      .def("give_back", &PyReplay::give_back, py::arg("expected_calls"), py::arg("count"))
       .def("weights", &PyReplay::weights)
       .def("parts", [](const py::object& self) { return PyReplay::parts(self); })
       .def("restore", &PyReplay::restore, py::arg("index"), py::arg("records"))
@@ -466,6 +507,12 @@ void bind_replay(py::module_& m) {
       .def_property_readonly("nbytes", &PyReplay::bytes)
       .def_property_readonly("pooled_bytes", &PyReplay::pooled_bytes)
       .def_property_readonly("record_bytes", &PyReplay::record_bytes);
+  py::class_<PyPrefetch>(m, "Prefetch", "A thread that draws ahead. angle_rl.replay.Prefetcher is its public face.")
+      .def(py::init<const PyReplay&>(), py::arg("replay"), py::keep_alive<1, 2>())
+      .def("submit", &PyPrefetch::submit, py::arg("name"), py::arg("addresses"), py::arg("n"), py::arg("n_step"),
+           py::arg("discount"), py::arg("importance_exponent"), py::arg("flags"))
+      .def("take", &PyPrefetch::take)
+      .def("stop", &PyPrefetch::stop);
 }
 
 }  // namespace angle

@@ -138,15 +138,14 @@ ReplayStats ReplayT<Access>::stats() const {
 }
 
 template <class Access>
-uint64_t ReplayT<Access>::sample_calls() const {
-  return word(header().sample_calls).load(std::memory_order_relaxed);
-}
-
-template <class Access>
-bool ReplayT<Access>::give_back(uint64_t expected_calls, uint64_t count) {
-  return word(header().sample_calls)
-      .compare_exchange_strong(expected_calls, expected_calls - count, std::memory_order_relaxed,
-                               std::memory_order_relaxed);
+bool ReplayT<Access>::return_call(uint64_t call, size_t n) {
+  SegmentHeader& h = header();
+  uint64_t next = call + 1;
+  if (!word(h.sample_calls).compare_exchange_strong(next, call, std::memory_order_relaxed, std::memory_order_relaxed)) {
+    return false;
+  }
+  word(h.samples).fetch_sub(n, std::memory_order_relaxed);
+  return true;
 }
 
 template <class Access>

@@ -111,8 +111,9 @@ class ReplayT {
   void insert(const InsertRows& rows, int64_t* handles);
 
   // Draws n rows. importance_weights = (P(i) / min P) ** -importance_exponent, 1 without priorities.
+  // Returns the call's number, counted up from 0, which decides its draws together with the seed.
   // O(n * (levels + n_step * record) + top). Any thread. Lock-free. Throws NothingToSample.
-  void sample(const SampleRequest& request, const SampleOut& out);
+  uint64_t sample(const SampleRequest& request, const SampleOut& out);
 
   // Sets the rows' weights to (td_error + epsilon) ** exponent and returns how many handles were refused because their
   // row has been overwritten or removed; of equal handles the last wins. O(n * levels). Any thread. Lock-free.
@@ -139,10 +140,9 @@ class ReplayT {
   const Memory& memory() const { return memory_; }
   ReplayStats stats() const;
 
-  // Batches drawn so far; the next one is decided by the seed and this number.
-  uint64_t sample_calls() const;
-  // Gives the last `count` numbers back if nobody has drawn since; false otherwise. Any thread.
-  bool give_back(uint64_t expected_calls, uint64_t count);
+  // Takes back the sample call of this number, whose n rows nobody has seen, so that the next call draws in its place.
+  // Returns false, and changes nothing, when a later call has drawn. O(1). Any thread. Wait-free.
+  bool return_call(uint64_t call, size_t n);
 
   // The integer weight of each slot, [capacity]. Exact when no call is under way. O(capacity). Any thread.
   void read_weights(int64_t* out) const;

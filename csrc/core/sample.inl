@@ -262,7 +262,7 @@ void ReplayT<Access>::draw_again(const SampleRequest& request, const SampleOut& 
 }
 
 template <class Access>
-void ReplayT<Access>::sample(const SampleRequest& request, const SampleOut& out) {
+uint64_t ReplayT<Access>::sample(const SampleRequest& request, const SampleOut& out) {
   SegmentHeader& h = header();
   const size_t n = request.n;
   if (request.n_step > 1 && record_.roles.reward == SIZE_MAX) {
@@ -301,6 +301,7 @@ void ReplayT<Access>::sample(const SampleRequest& request, const SampleOut& out)
   for (size_t i = 0; i < n; ++i) ages += issued - static_cast<uint64_t>(out.handles[i]);
   word(h.ages).fetch_add(ages, std::memory_order_relaxed);
   word(h.samples).fetch_add(n, std::memory_order_relaxed);
+  return call;
 }
 
 // (N P)^-b over the largest of the batch, or of the buffer: N and the total cancel, which leaves the smallest weight

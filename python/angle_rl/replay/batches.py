@@ -29,6 +29,9 @@ class BatchLayout:
         return [*sizes, *[((n,), torch.float32)] * 2, *[((n,), torch.int64)] * 2]
 
     def assemble(self, tensors: list[torch.Tensor]) -> Batch:
+        """A batch of these tensors."""
+        if self._flat:
+            return Batch._make(tensors)
         left = list(tensors)
         observations = unflatten(self.schema.observation_structure, left)
         actions = unflatten(self.schema.action_structure, left)

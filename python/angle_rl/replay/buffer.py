@@ -14,6 +14,7 @@ from angle_rl.replay import sharing
 from angle_rl.replay.arrays import as_array, check_integer, check_number, column, handle_tensor, require_memory
 from angle_rl.replay.batches import BatchLayout
 from angle_rl.replay.images import frames_of, shares_successors
+from angle_rl.replay.prefetch import Prefetcher
 from angle_rl.replay.sharing import Place
 from angle_rl.schema import Schema, flatten, make_schema
 from angle_rl.types import Array, Batch
@@ -399,8 +400,7 @@ class ReplayBuffer:
         if device is not None or (out is None and self._device.type != "cpu"):
             return self._sample_to(torch.device(device or self._device), arguments, out)
         if out is None:
-            tensors = map(_to_tensor, self._core.sample_fresh(*arguments))
-            return Batch._make(tensors) if self._flat else self._batches.assemble(list(tensors))
+            return self._batches.assemble(list(map(_to_tensor, self._core.sample_fresh(*arguments))))
         self._core.sample(*arguments, self._batches.addresses(out, arguments[0]))
         return out
 
@@ -437,6 +437,37 @@ class ReplayBuffer:
 
     def _scheduled(self, schedule: Callable[[int], float]) -> float:
         return check_number("importance_exponent", float(schedule(self._core.stats()["inserts"])), 0.0)
+
+    def prefetch(
+        self,
+        batch_size: int,
+        depth: int = 2,
+        *,
+        n_step: int | None = None,
+        discount: float | None = None,
+        importance_exponent: float | None = None,
+        stratified: bool | None = None,
+        replacement: bool | None = None,
+        device: torch.device | str | None = None,
+    ) -> Prefetcher:
+        """Draw batches ahead in a thread: an iterator that keeps ``depth`` of them ready, in [1, 1024].
+
+        The other arguments are those of :meth:`sample`; what is left out, and a schedule, is looked up when a batch is
+        asked for. ``stats`` counts a batch as sampled when it is drawn. See :class:`Prefetcher` for order, age, closing
+        and the thread rule.
+
+        Raises ValueError, TypeError for an argument out of range; what ``sample`` raises comes out of ``next``.
+        """
+        depth = check_integer("depth", depth, 1, 1024)
+        arguments = (batch_size, n_step, discount, importance_exponent, stratified, replacement)
+        self._sample_arguments(*arguments)
+        return Prefetcher(self, depth, torch.device(device or self._device), arguments)
+
+    def _blank(self, n: int, pinned: bool) -> list[torch.Tensor]:
+        """Tensors for a batch, not filled yet."""
+        if pinned:
+            return [torch.empty(size, dtype=dtype, pin_memory=True) for size, dtype in self._batches.sizes(n)]
+        return list(map(_to_tensor, self._core.blank(n)))
 
     def _sample_to(
         self, device: torch.device, arguments: tuple[int, int, float, float, int], out: Batch | None
