@@ -177,10 +177,12 @@ void ReplayT<Access>::read_rows(uint64_t first, size_t n, uint8_t* const* fields
   }
   complete(request, out, 0, n, s);
   for (size_t i = 0; i < n; ++i) {
-    const uint64_t state = s.headers[4 * i + 2];
-    facts[i] = {s.whole[i] != 0 ? handles[i] : -1, static_cast<int64_t>(s.headers[4 * i] & (kStreams - 1)),
-                (state & RecordState::kTerminated) != 0, (state & RecordState::kTruncated) != 0,
-                RecordState::priority(state)};
+    const uint64_t head = s.headers[4 * i], priority = s.headers[4 * i + 2];
+    const float known = RecordPriority::has_lap(priority, RecordHead::lap(head))
+                            ? RecordPriority::value(priority)
+                            : priority_map().priority(tree_.code.weight(s.words[i]));
+    facts[i] = {s.whole[i] != 0 ? handles[i] : -1, static_cast<int64_t>(RecordHead::stream(head)),
+                RecordHead::has(head, RecordHead::kTerminated), RecordHead::has(head, RecordHead::kTruncated), known};
   }
 }
 
@@ -217,8 +219,13 @@ template <class Access>
 bool ReplayT<Access>::weight_is_off(uint64_t slot, uint64_t leaf, const PriorityMap& map, uint64_t* due) const {
   const LeafCode& code = tree_.code;
   if (code.lap(leaf) == 0 || !code.is_row(leaf)) return false;
-  const float priority = RecordState::priority(word_at(slot, RecordLayout::kState).load(std::memory_order_acquire));
-  *due = prioritized() ? map.weight(priority) : (priority < 0.0f ? 0 : 1);
+  *due = 1;
+  if (prioritized()) {
+    const uint64_t priority = word_at(slot, RecordLayout::kPriority).load(std::memory_order_acquire);
+    const uint64_t head = word_at(slot, RecordLayout::kHead).load(std::memory_order_acquire);
+    if (!RecordPriority::has_lap(priority, RecordHead::lap(head))) return false;  // unknown: the weight stands
+    *due = map.weight(RecordPriority::value(priority));
+  }
   return *due != code.weight(leaf);
 }
 

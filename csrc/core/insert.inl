@@ -34,7 +34,7 @@ struct ReplayT<Access>::Writer {
       forget(at.slot, old_leaf);
       if (replay.record_.stack > 1 && replay.tree_.code.lap(old_leaf) != 0) {
         const uint64_t old_lap =
-            replay.word_at(at.slot, RecordLayout::kLapAndStream).load(std::memory_order_relaxed) >> 16;
+            RecordHead::lap(replay.word_at(at.slot, RecordLayout::kHead).load(std::memory_order_relaxed));
         replay.forget_dependents(replay.ticket_of(at.slot, old_lap),
                                  replay.word_at(at.slot, RecordLayout::kNext).load(std::memory_order_relaxed));
       }
@@ -115,19 +115,19 @@ bool ReplayT<Access>::claim(const Place& at, uint64_t* old_leaf) {
 }
 
 template <class Access>
-void ReplayT<Access>::write_header(const Place& at, uint64_t stream, uint64_t previous, uint64_t state) {
+void ReplayT<Access>::write_header(const Place& at, uint64_t head, uint64_t previous, float priority) {
   // release, as in store_field: whoever sees a new word sees the slot marked busy.
-  word_at(at.slot, RecordLayout::kLapAndStream).store(at.lap << 16 | stream, std::memory_order_release);
+  word_at(at.slot, RecordLayout::kHead).store(head, std::memory_order_release);
   word_at(at.slot, RecordLayout::kNext).store(at.ticket, std::memory_order_release);  // itself: no next record yet
-  word_at(at.slot, RecordLayout::kState).store(state, std::memory_order_release);
+  word_at(at.slot, RecordLayout::kPriority).store(RecordPriority::of(priority, at.lap), std::memory_order_release);
   if (record_.stack > 1) word_at(at.slot, RecordLayout::kPrevious).store(previous, std::memory_order_release);
 }
 
 namespace {
 
 inline uint64_t end_flags(const InsertRows& rows, size_t row) {
-  return (rows.terminated[row] != 0 ? RecordState::kTerminated : 0) |
-         (rows.truncated != nullptr && rows.truncated[row] != 0 ? RecordState::kTruncated : 0);
+  return (rows.terminated[row] != 0 ? RecordHead::kTerminated : 0) |
+         (rows.truncated != nullptr && rows.truncated[row] != 0 ? RecordHead::kTruncated : 0);
 }
 
 inline uint64_t stream_of(const InsertRows& rows, size_t row) {
@@ -236,7 +236,7 @@ uint64_t ReplayT<Access>::add_row(Writer& writer, const InsertRows& rows, size_t
   const uint64_t stream = stream_of(rows, row);
   const RowWeight own = weigh(rows, row, writer.standard);
   write_fields(at.slot, rows, row);
-  write_header(at, stream, at.ticket, RecordState::of(own.priority, at.lap, end_flags(rows, row)));
+  write_header(at, RecordHead::of(at.lap, stream, RecordHead::kRow | end_flags(rows, row)), at.ticket, own.priority);
   publish(writer, at, own);
   if (static_cast<int64_t>(stream) == writer.linked_stream) {
     link(writer.linked, at.ticket);
@@ -264,13 +264,15 @@ uint64_t ReplayT<Access>::add_sharing_row(Writer& writer, const InsertRows& rows
   const Place at = open != 0 && resume(found, rows, row) ? found : hold_stack(writer, rows, row, false, false);
   const RowWeight own = weigh(rows, row, writer.standard);
   write_fields(at.slot, rows, row);
-  word_at(at.slot, RecordLayout::kState).store(RecordState::of(own.priority, at.lap, flags), std::memory_order_release);
+  word_at(at.slot, RecordLayout::kHead)
+      .store(RecordHead::of(at.lap, stream, RecordHead::kRow | flags), std::memory_order_release);
+  word_at(at.slot, RecordLayout::kPriority).store(RecordPriority::of(own.priority, at.lap), std::memory_order_release);
   const Place next = continues(rows, row) ? hold(writer, rows, row, true, record_.stack - 1, at.ticket, true)
                                           : hold_stack(writer, rows, row, true, true);
   word_at(at.slot, RecordLayout::kNext).store(next.ticket, std::memory_order_release);
   tail.store(flags != 0 ? 0 : next.ticket + 1, std::memory_order_release);
   publish(writer, at, own);
-  if (record_.stack > 1 && !frames_live(at.ticket) && set_priority(at, -1.0f)) sync_leaf(at, false);
+  if (record_.stack > 1 && !frames_live(at.ticket)) retire(at);
   return at.ticket;
 }
 
@@ -294,7 +296,7 @@ typename ReplayT<Access>::Place ReplayT<Access>::hold(Writer& writer, const Inse
                                                       bool published) {
   const Place at = writer.claim(1);
   write_observation(at.slot, rows, row, successor, frame);
-  write_header(at, stream_of(rows, row), previous == kNone ? at.ticket : previous, RecordState::of(0.0f, at.lap, 0));
+  write_header(at, RecordHead::of(at.lap, stream_of(rows, row), 0), previous == kNone ? at.ticket : previous, 0.0f);
   ++writer.opened;
   if (published) tree_.leaf(at.slot).store(tree_.code.make(at.lap, LeafCode::kHeld, 0), std::memory_order_release);
   return at;
@@ -387,9 +389,7 @@ void ReplayT<Access>::forget_dependents(uint64_t ticket, uint64_t next) {
     const uint64_t before = word_at(at.slot, RecordLayout::kPrevious).load(std::memory_order_acquire);
     const uint64_t after = word_at(at.slot, RecordLayout::kNext).load(std::memory_order_acquire);
     if (before != ticket || !has_lap(at)) return;
-    if (tree_.code.is_row(tree_.leaf(at.slot).load(std::memory_order_acquire)) && set_priority(at, -1.0f)) {
-      sync_leaf(at, false);
-    }
+    retire(at);
     ticket = next;
     next = after;
   }

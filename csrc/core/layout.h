@@ -30,10 +30,10 @@ struct RowRoles {
 
 // A record: header, then the fields, widest elements first, padded to whole cache lines.
 struct RecordLayout {
-  // Header, 64-bit words. Lap and stream: lap << 16 | stream. Next: ticket of the stream's next record, its own while
-  // there is none. State: see RecordState. Previous, only with stacks: ticket of the record with the frame before, its
-  // own where the oldest frame repeats.
-  static constexpr uint32_t kLapAndStream = 0, kNext = 8, kState = 16, kPrevious = 24;
+  // Header, 64-bit words: RecordHead; next: ticket of the stream's next record, its own while there is none;
+  // RecordPriority; previous, only with stacks: ticket of the record with the frame before, its own where the oldest
+  // frame repeats.
+  static constexpr uint32_t kHead = 0, kNext = 8, kPriority = 16, kPrevious = 24;
 
   // Fields keep their order in `fields`; only their offsets follow the alignment.
   // Throws std::invalid_argument for an empty field, an itemsize that is no power of two up to 8, a row over 1 GiB,
@@ -58,19 +58,24 @@ struct RecordLayout {
   uint64_t schema_hash = 0;  // FNV-1a over roles, names, itemsizes, bytes and frames
 };
 
-// A record's state word: priority (float32; negative: removed) << 32 | lap's low 28 bits << 4 | flags. The lap makes a
-// compare-and-swap on it fail once the record belongs to another row.
-struct RecordState {
-  static constexpr uint64_t kTerminated = 1, kTruncated = 2, kTagMask = (1u << 28) - 1;
+// A record's first word: lap << 20 | flags << 16 | stream. Only the row's writer changes it, before it publishes.
+struct RecordHead {
+  static constexpr uint64_t kTerminated = 1, kTruncated = 2, kRow = 4;  // kRow: more than an observation
 
-  static uint64_t of(float priority, uint64_t lap, uint64_t flags) {
-    return static_cast<uint64_t>(std::bit_cast<uint32_t>(priority)) << 32 | (lap & kTagMask) << 4 | flags;
+  static uint64_t of(uint64_t lap, uint64_t stream, uint64_t flags) { return lap << 20 | flags << 16 | stream; }
+  static uint64_t lap(uint64_t head) { return head >> 20; }
+  static uint64_t stream(uint64_t head) { return head & 0xFFFF; }
+  static bool has(uint64_t head, uint64_t flags) { return (head >> 16 & flags) != 0; }
+};
+
+// The priority that a row's weight follows: float32 << 32 | lap's low 32 bits. Whoever updates a row stores it
+// outright; a store that comes too late and meets the slot's next row shows by its lap.
+struct RecordPriority {
+  static uint64_t of(float priority, uint64_t lap) {
+    return static_cast<uint64_t>(std::bit_cast<uint32_t>(priority)) << 32 | (lap & 0xFFFFFFFF);
   }
-  static float priority(uint64_t state) { return std::bit_cast<float>(static_cast<uint32_t>(state >> 32)); }
-  static bool has_lap(uint64_t state, uint64_t lap) { return (state >> 4 & kTagMask) == (lap & kTagMask); }
-  static uint64_t with_priority(uint64_t state, float priority) {
-    return static_cast<uint64_t>(std::bit_cast<uint32_t>(priority)) << 32 | (state & 0xFFFFFFFFull);
-  }
+  static float value(uint64_t word) { return std::bit_cast<float>(static_cast<uint32_t>(word >> 32)); }
+  static bool has_lap(uint64_t word, uint64_t lap) { return (word & 0xFFFFFFFF) == (lap & 0xFFFFFFFF); }
 };
 
 // The tree's shape: leaves in groups of 2**shift[0], those in groups of 2**shift[1], ... up to at most kMaxTop nodes.

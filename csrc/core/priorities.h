@@ -10,7 +10,7 @@
 namespace angle {
 
 // weight = (priority + epsilon) ** exponent in units of 2**-20, by fixed float64 arithmetic: equal on every machine.
-// Priorities are float32; a negative one stands for a removed row and weighs nothing.
+// Priorities are float32.
 struct PriorityMap {
   static constexpr double kUnit = 1048576.0;
 
@@ -29,7 +29,6 @@ struct PriorityMap {
   }
   // O(1).
   uint64_t weight(float priority) const {
-    if (priority < 0.0f) return 0;
     double value = static_cast<double>(priority) + epsilon;
     kernels().replay.powers(&value, 1, exponent);
     uint64_t saturated = 0;

@@ -74,7 +74,7 @@ struct RowFacts {
   int64_t handle;  // -1: the slot holds no row
   int64_t stream;
   bool terminated, truncated;
-  float priority;  // negative: removed
+  float priority;
 };
 
 struct ReplayStats {
@@ -217,7 +217,7 @@ class ReplayT {
 
   // insert.inl
   bool claim(const Place& at, uint64_t* old_leaf);
-  void write_header(const Place& at, uint64_t stream, uint64_t previous, uint64_t state);
+  void write_header(const Place& at, uint64_t head, uint64_t previous, float priority);
   void write_fields(uint64_t slot, const InsertRows& rows, size_t row);
   void write_observation(uint64_t slot, const InsertRows& rows, size_t row, bool successor, uint32_t frame);
   void link(const Place& previous, uint64_t ticket);
@@ -244,7 +244,7 @@ class ReplayT {
   void choose_permuted(const SampleRequest& request, uint64_t call, Overlay& overlay, Scratch& s);
   void draw_again(const SampleRequest& request, const SampleOut& out, size_t i, uint64_t call, Overlay* overlay,
                   Scratch& s);
-  void complete(const SampleRequest& request, const SampleOut& out, size_t first, size_t count, Scratch& s);
+  bool complete(const SampleRequest& request, const SampleOut& out, size_t first, size_t count, Scratch& s);
   void walk_windows(const SampleRequest& request, const SampleOut& out, size_t first, size_t count, Scratch& s);
   void fetch_successors(const SampleOut& out, size_t first, size_t count, Scratch& s);
   void fetch_frames(const SampleOut& out, bool successors, size_t first, size_t count, Scratch& s);
@@ -262,7 +262,7 @@ class ReplayT {
   uint64_t lowest_weight() const;
   void sync_leaf(const Place& at, bool computed);
   void change_weight(uint64_t slot, uint64_t old_leaf, uint64_t new_leaf);
-  bool set_priority(const Place& at, float priority);
+  bool retire(const Place& at);
 
   // care.inl
   bool weight_is_off(uint64_t slot, uint64_t leaf, const PriorityMap& map, uint64_t* due) const;

@@ -45,12 +45,14 @@ void ReplayT<Access>::gather(const uint64_t* slots, size_t count, const std::vec
   Access::barrier();
 }
 
-// Copies rows [first, first + count) of the batch, which slots and words name, and notes in s.whole which stayed whole.
+// Copies rows [first, first + count) of the batch, which slots and words name, and notes in s.whole which stayed whole;
+// true if all did.
 template <class Access>
-void ReplayT<Access>::complete(const SampleRequest& request, const SampleOut& out, size_t first, size_t count,
+bool ReplayT<Access>::complete(const SampleRequest& request, const SampleOut& out, size_t first, size_t count,
                                Scratch& s) {
   const LeafCode& code = tree_.code;
   const bool windows = request.n_step > 1;
+  const float discount = static_cast<float>(request.discount);
   s.fields.clear();
   s.fields.push_back({reinterpret_cast<uint8_t*>(&s.headers[4 * first]), 0, record_.header_bytes, 32});
   for (size_t f = 0; f < record_.fields.size(); ++f) {
@@ -64,30 +66,39 @@ void ReplayT<Access>::complete(const SampleRequest& request, const SampleOut& ou
     s.fields.push_back({reinterpret_cast<uint8_t*>(&s.rewards[first]), reward.offset, reward.bytes, 8});
   }
   gather(&s.slots[first], count, s.fields);
+  size_t lost = 0;
   for (size_t i = first; i < first + count; ++i) {
-    if (!usable(s.slots[i], s.words[i])) {
+    const uint64_t word = s.words[i];
+    s.whole[i] = 1;
+    if (!usable(s.slots[i], word)) [[unlikely]] {
       s.whole[i] = 0;
       s.slots[i] = kLost;
+      ++lost;
       continue;
     }
-    // The copy's own loads acquire (WordAccess) or are kept in place by the barrier (VectorAccess).
+    // The copy's own loads acquire (WordAccess) or are kept in place by the barrier (VectorAccess). The weight may have
+    // changed, the lap and that it is a row may not.
     const uint64_t now = tree_.leaf(s.slots[i]).load(std::memory_order_acquire);
-    s.whole[i] = code.lap(now) == code.lap(s.words[i]) && code.is_row(now);
-    const uint64_t lap = s.headers[4 * i] >> 16, state = s.headers[4 * i + 2];
-    out.handles[i] = static_cast<int64_t>(ticket_of(s.slots[i], lap));
-    out.discounts[i] = (state & RecordState::kTerminated) != 0 ? 0.0f : static_cast<float>(request.discount);
+    if (code.lap(now) != code.lap(word) || !code.is_row(now)) [[unlikely]] {
+      s.whole[i] = 0;
+      ++lost;
+    }
+    const uint64_t head = s.headers[4 * i];
+    out.handles[i] = static_cast<int64_t>(ticket_of(s.slots[i], RecordHead::lap(head)));
+    out.discounts[i] = RecordHead::has(head, RecordHead::kTerminated) ? 0.0f : discount;
     out.steps[i] = 1;
   }
-  if (!windows && !shares()) return;
+  if (!windows && !shares()) return lost == 0;
   for (size_t i = first; i < first + count; ++i) {
     s.ends[i] = s.whole[i] != 0 ? s.slots[i] : kLost;
-    s.end_laps[i] = s.headers[4 * i] >> 16;
+    s.end_laps[i] = RecordHead::lap(s.headers[4 * i]);
     std::copy_n(&s.headers[4 * i], 4, &s.walked[4 * i]);
   }
   if (record_.stack > 1) fetch_frames(out, false, first, count, s);
   if (windows) walk_windows(request, out, first, count, s);
   fetch_successors(out, first, count, s);
   if (record_.stack > 1) fetch_frames(out, true, first, count, s);
+  return std::find(&s.whole[first], &s.whole[first] + count, 0) == &s.whole[first] + count;
 }
 
 // Sums the rewards of up to n_step rows of the stream. Leaves each window's last row in s.ends, s.end_laps and
@@ -123,13 +134,15 @@ void ReplayT<Access>::walk_windows(const SampleRequest& request, const SampleOut
       const uint64_t* const header = &s.walked[4 * i];
       const Place at{ticket_of(s.ends[i], s.end_laps[i]), s.ends[i], s.end_laps[i]};
       s.walk[i] = kLost;
-      if ((header[2] & (RecordState::kTerminated | RecordState::kTruncated)) != 0 || header[1] == at.ticket) continue;
+      if (RecordHead::has(header[0], RecordHead::kTerminated | RecordHead::kTruncated) || header[1] == at.ticket) {
+        continue;
+      }
       uint64_t slot = 0;
       follow(at, header[1], &slot, &s.walk_laps[i]);
       const uint64_t leaf = tree_.leaf(slot).load(std::memory_order_acquire);
       if (!code.has_lap(leaf, s.walk_laps[i])) {
         s.whole[i] = 0;
-      } else if (code.is_row(leaf)) {  // else the stream's newest observation, or one that nothing was done at
+      } else if (code.state(leaf) != LeafCode::kBusy) {
         s.walk[i] = slot;
         ++going;
       }
@@ -141,6 +154,11 @@ void ReplayT<Access>::walk_windows(const SampleRequest& request, const SampleOut
       const Place at{0, s.walk[i], s.walk_laps[i]};
       if (!has_lap(at)) {
         s.whole[i] = 0;
+        s.walk[i] = kLost;
+        continue;
+      }
+      // The stream's newest observation, or one that nothing was done at.
+      if (!RecordHead::has(s.headers[4 * i], RecordHead::kRow)) {
         s.walk[i] = kLost;
         continue;
       }
@@ -159,7 +177,7 @@ void ReplayT<Access>::walk_windows(const SampleRequest& request, const SampleOut
       s.ends[i] = kLost;
       continue;
     }
-    const bool terminated = (s.walked[4 * i + 2] & RecordState::kTerminated) != 0;
+    const bool terminated = RecordHead::has(s.walked[4 * i], RecordHead::kTerminated);
     out.discounts[i] = terminated ? 0.0f : static_cast<float>(std::bit_cast<double>(s.bits[i]));
     if (rewards == nullptr) continue;
     if (reward.bytes == 4) {
@@ -281,11 +299,9 @@ uint64_t ReplayT<Access>::sample(const SampleRequest& request, const SampleOut& 
   kernels().replay.philox_draws(h.seed, call, kSample, s.bits.data(), n);
   choose(request, static_cast<uint64_t>(std::max<int64_t>(total, 0)), s);
   if (request.replacement) {
-    complete(request, out, 0, n, s);
-    for (size_t i = 0; i < n; ++i) {
-      if (s.whole[i] == 0) [[unlikely]] {
-        draw_again(request, out, i, call, nullptr, s);
-      }
+    const bool whole = complete(request, out, 0, n, s);
+    for (size_t i = 0; !whole && i < n; ++i) {
+      if (s.whole[i] == 0) draw_again(request, out, i, call, nullptr, s);
     }
   } else {
     Overlay overlay(2 * n, tree_.shape());
@@ -297,8 +313,8 @@ uint64_t ReplayT<Access>::sample(const SampleRequest& request, const SampleOut& 
   }
   write_weights(request, out, s);
   const uint64_t issued = next_ticket();
-  uint64_t ages = 0;
-  for (size_t i = 0; i < n; ++i) ages += issued - static_cast<uint64_t>(out.handles[i]);
+  uint64_t ages = issued * n;
+  for (size_t i = 0; i < n; ++i) ages -= static_cast<uint64_t>(out.handles[i]);
   word(h.ages).fetch_add(ages, std::memory_order_relaxed);
   word(h.samples).fetch_add(n, std::memory_order_relaxed);
   return call;

@@ -9,6 +9,7 @@ namespace angle {
 template <class Access>
 struct ReplayT<Access>::Scratch {
   std::vector<int64_t> prefix, targets;
+  std::vector<int64_t> tops;  // zeros between calls: an update's own changes of the top
   std::vector<uint64_t> bits, slots, words, headers, weights;
   std::vector<double> reals, rewards;
   std::vector<uint8_t> whole;                             // [n] the row was copied whole

@@ -75,8 +75,18 @@ class PriorityTree {
   // Collects changes of neighbouring leaves, so that rows inserted side by side share their adds. One thread's own.
   class Deltas {
    public:
-    explicit Deltas(const PriorityTree& tree) : tree_(tree) {}
-    ~Deltas() { flush(); }
+    // own_top: zeros for the top's nodes, whose changes are then collected there and added once each in the end; pays
+    // where a call changes most of them.
+    explicit Deltas(const PriorityTree& tree, int64_t* own_top = nullptr) : tree_(tree), own_top_(own_top) {}
+    ~Deltas() {
+      flush();
+      if (own_top_ == nullptr) return;
+      for (size_t node = 0; node < tree_.top_nodes(); ++node) {
+        if (own_top_[node] == 0) continue;
+        tree_.sum(tree_.shape_.levels - 1, node).fetch_add(own_top_[node], std::memory_order_relaxed);
+        own_top_[node] = 0;
+      }
+    }
     Deltas(const Deltas&) = delete;
     Deltas& operator=(const Deltas&) = delete;
 
@@ -95,16 +105,22 @@ class PriorityTree {
     // Adds what is pending to the node of each level.
     void flush() {
       if (pending_ == 0) return;
+      const size_t top = tree_.shape_.levels - 1;
       uint64_t node = node_;
-      for (size_t level = 0;;) {
+      for (size_t level = 0; level < top; ++level) {
         tree_.sum(level, node).fetch_add(pending_, std::memory_order_relaxed);
-        if (++level == tree_.shape_.levels) break;
-        node >>= tree_.shape_.shift[level];
+        node >>= tree_.shape_.shift[level + 1];
+      }
+      if (own_top_ == nullptr) {
+        tree_.sum(top, node).fetch_add(pending_, std::memory_order_relaxed);
+      } else {
+        own_top_[node] += pending_;
       }
       pending_ = 0;
     }
 
     const PriorityTree& tree_;
+    int64_t* const own_top_;
     uint64_t node_ = 0;
     int64_t pending_ = 0;
   };

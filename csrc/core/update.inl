@@ -106,19 +106,6 @@ typename ReplayT<Access>::Default ReplayT<Access>::default_weight() const {
 
 // ---- one row ----
 
-// Puts a priority into a row's state word. False when the row is gone or removed.
-template <class Access>
-bool ReplayT<Access>::set_priority(const Place& at, float priority) {
-  const Word<uint64_t> state = word_at(at.slot, RecordLayout::kState);
-  uint64_t found = state.load(std::memory_order_acquire);
-  do {
-    if (!RecordState::has_lap(found, at.lap) || RecordState::priority(found) < 0.0f) return false;
-    // release: partner of sync_leaf's acquire.
-  } while (!state.compare_exchange_weak(found, RecordState::with_priority(found, priority), std::memory_order_acq_rel,
-                                        std::memory_order_acquire));
-  return true;
-}
-
 // A leaf went from one word to another: the sums and the buckets follow.
 template <class Access>
 void ReplayT<Access>::change_weight(uint64_t slot, uint64_t old_leaf, uint64_t new_leaf) {
@@ -141,27 +128,43 @@ void ReplayT<Access>::change_weight(uint64_t slot, uint64_t old_leaf, uint64_t n
 }
 
 // Makes the leaf's weight follow the priority and the exponent as they are now, whoever set them. The last to change
-// the leaf has seen every change of the state word made before an earlier change of the leaf, so whoever comes last
-// leaves the two in accord.
+// the leaf has seen every priority stored before an earlier change of the leaf, so whoever comes last leaves the two in
+// accord.
 template <class Access>
 void ReplayT<Access>::sync_leaf(const Place& at, bool computed) {
   const LeafCode& code = tree_.code;
-  const Word<uint64_t> leaf = tree_.leaf(at.slot), state = word_at(at.slot, RecordLayout::kState);
+  const Word<uint64_t> leaf = tree_.leaf(at.slot), priority = word_at(at.slot, RecordLayout::kPriority);
   for (;;) {
-    const uint64_t seen = state.load(std::memory_order_acquire);
+    uint64_t seen = priority.load(std::memory_order_acquire);
     const PriorityMap map = priority_map();
-    if (!RecordState::has_lap(seen, at.lap)) return;
-    const float priority = RecordState::priority(seen);
-    const uint64_t weight = prioritized() ? map.weight(priority) : (priority < 0.0f ? 0 : 1);
-    uint64_t found = leaf.load(std::memory_order_relaxed), next = 0;
+    uint64_t found = leaf.load(std::memory_order_acquire), next = 0;
+    if (!RecordPriority::has_lap(seen, at.lap)) {  // a store that came too late for the slot's row before
+      seen = RecordPriority::of(map.priority(code.weight(found)), at.lap);
+      if (code.has_lap(found, at.lap)) priority.store(seen, std::memory_order_release);
+    }
+    const uint64_t weight = map.weight(RecordPriority::value(seen));
     do {
       if (!code.has_lap(found, at.lap) || !code.is_row(found)) return;
       next = code.make(at.lap, computed ? LeafCode::kComputed : code.state(found), weight);
     } while (!leaf.compare_exchange_weak(found, next, std::memory_order_acq_rel, std::memory_order_relaxed));
     change_weight(at.slot, found, next);
-    const uint64_t now = state.load(std::memory_order_acquire);
-    if (RecordState::priority(now) == priority && priority_exponent() == map.exponent) return;
+    if (priority.load(std::memory_order_acquire) == seen && priority_exponent() == map.exponent) return;
   }
+}
+
+// Takes a row out of the draws: its record stays, held like an observation. False when it is gone or held already.
+template <class Access>
+bool ReplayT<Access>::retire(const Place& at) {
+  const LeafCode& code = tree_.code;
+  const Word<uint64_t> leaf = tree_.leaf(at.slot);
+  const uint64_t held = code.make(at.lap, LeafCode::kHeld, 0);
+  uint64_t found = leaf.load(std::memory_order_acquire);
+  do {
+    if (!code.has_lap(found, at.lap) || !code.is_row(found)) return false;
+  } while (!leaf.compare_exchange_weak(found, held, std::memory_order_acq_rel, std::memory_order_acquire));
+  change_weight(at.slot, found, held);
+  if (shares()) word(header().rows).fetch_sub(1, std::memory_order_relaxed);
+  return true;
 }
 
 // ---- many rows ----
@@ -201,8 +204,8 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
 
   const LeafCode& code = tree_.code;
   // Of rows older than this the lap bits alone might have come round to the same value again.
-  const uint64_t laps_told_apart = std::min(code.lap_mask, RecordState::kTagMask) / 2;
-  constexpr size_t kAhead = 8;
+  const uint64_t laps_told_apart = code.lap_mask / 2;
+  constexpr size_t kAhead = 16;
   size_t refused = 0;
   const auto change_bucket = [&s](LeafCode::State state, uint64_t weight, int32_t by) {
     const size_t bucket = WeightBuckets::of(weight);
@@ -215,25 +218,29 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
     __builtin_prefetch(record_at(s.slots[i]), 1);
   };
   for (size_t i = 0; i < std::min(kAhead, n); ++i) prefetch(i);
+  int64_t* own_top = nullptr;
+  if (2 * n >= tree_.top_nodes() && n >= 512) {
+    s.tops.resize(std::max(s.tops.size(), tree_.top_nodes()), 0);
+    own_top = s.tops.data();
+  }
   {
-    typename PriorityTree<Access>::Deltas deltas(tree_);
+    typename PriorityTree<Access>::Deltas deltas(tree_, own_top);
     for (size_t i = 0; i < n; ++i) {
       if (i + kAhead < n) prefetch(i + kAhead);
       const Place at{static_cast<uint64_t>(handles[i]), s.slots[i], s.words[i]};
-      const float priority = std::bit_cast<float>(static_cast<uint32_t>(s.bits[i]));
-      if (at.lap + laps_told_apart < issued_lap || !set_priority(at, priority)) {
-        ++refused;
-        continue;
-      }
-      const Word<uint64_t> leaf = tree_.leaf(at.slot);
+      const Word<uint64_t> leaf = tree_.leaf(at.slot), priority = word_at(at.slot, RecordLayout::kPriority);
+      const uint64_t own = RecordPriority::of(std::bit_cast<float>(static_cast<uint32_t>(s.bits[i])), at.lap);
       const uint64_t next = code.make(at.lap, LeafCode::kComputed, s.weights[i]);
-      uint64_t found = leaf.load(std::memory_order_relaxed);
+      uint64_t found = leaf.load(std::memory_order_acquire);
       bool written = false;
-      while (code.has_lap(found, at.lap) && code.is_row(found)) {
-        // release: a compare-and-swap goes on with the publisher's release sequence, too. acquire: as in sync_leaf.
-        if (leaf.compare_exchange_weak(found, next, std::memory_order_acq_rel, std::memory_order_relaxed)) {
-          written = true;
-          break;
+      if (at.lap + laps_told_apart >= issued_lap && code.has_lap(found, at.lap) && code.is_row(found)) {
+        priority.store(own, std::memory_order_release);  // partner: sync_leaf and the load below
+        while (code.has_lap(found, at.lap) && code.is_row(found)) {
+          // release: a compare-and-swap goes on with the publisher's release sequence, too. acquire: as in sync_leaf.
+          if (leaf.compare_exchange_weak(found, next, std::memory_order_acq_rel, std::memory_order_relaxed)) {
+            written = true;
+            break;
+          }
         }
       }
       if (!written) {
@@ -244,9 +251,10 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
       deltas.add(at.slot, static_cast<int64_t>(s.weights[i]) - static_cast<int64_t>(old_weight));
       if (old_weight != 0) change_bucket(code.state(found), old_weight, -1);
       if (s.weights[i] != 0) change_bucket(LeafCode::kComputed, s.weights[i], +1);
-      const uint64_t now = word_at(at.slot, RecordLayout::kState).load(std::memory_order_acquire);
-      if (RecordState::priority(now) != priority) [[unlikely]] {
-        sync_leaf(at, true);  // another update of this row came in between
+      const uint64_t now = priority.load(std::memory_order_acquire);
+      if (now != own) [[unlikely]] {  // another update of this row came in between, or one too late for the row before
+        if (!RecordPriority::has_lap(now, at.lap)) priority.store(own, std::memory_order_release);
+        sync_leaf(at, true);
       }
     }
   }
@@ -279,7 +287,7 @@ template <class Access>
 size_t ReplayT<Access>::remove(const int64_t* handles, size_t n) {
   SegmentHeader& h = header();
   const uint64_t issued = next_ticket(), issued_lap = place_of(issued).lap;
-  const uint64_t laps_told_apart = std::min(tree_.code.lap_mask, RecordState::kTagMask) / 2;
+  const uint64_t laps_told_apart = tree_.code.lap_mask / 2;
   for (size_t i = 0; i < n; ++i) {
     if (handles[i] < 0 || static_cast<uint64_t>(handles[i]) >= issued) {
       throw std::invalid_argument("handles[" + std::to_string(i) + "] is " + std::to_string(handles[i]) +
@@ -290,14 +298,7 @@ size_t ReplayT<Access>::remove(const int64_t* handles, size_t n) {
   size_t refused = 0;
   for (size_t i = 0; i < n; ++i) {
     const Place at = place_of(static_cast<uint64_t>(handles[i]));
-    const LeafCode& code = tree_.code;
-    const uint64_t leaf = tree_.leaf(at.slot).load(std::memory_order_acquire);
-    if (at.lap + laps_told_apart < issued_lap || !code.has_lap(leaf, at.lap) || !code.is_row(leaf) ||
-        !set_priority(at, -1.0f)) {
-      ++refused;
-      continue;
-    }
-    sync_leaf(at, false);
+    refused += at.lap + laps_told_apart < issued_lap || !retire(at);
   }
   word(h.removed).fetch_add(n - refused, std::memory_order_relaxed);
   if (refused != 0) word(h.refused_updates).fetch_add(refused, std::memory_order_relaxed);
@@ -311,10 +312,12 @@ void ReplayT<Access>::set_priority_exponent(double exponent) {
                                 "; it must be finite and not negative");
   }
   SegmentHeader& h = header();
+  const PriorityMap before = priority_map();
   word(h.exponent).store(std::bit_cast<uint64_t>(exponent), std::memory_order_release);
   if (!prioritized()) return;
   constexpr size_t kBlock = 512;
   Scratch& s = scratch(kBlock, 0);
+  const LeafCode& code = tree_.code;
   do {
     // acq_rel: partners of the ends of insert and update.
     word(h.inserts).fetch_add(0, std::memory_order_acq_rel);
@@ -327,27 +330,29 @@ void ReplayT<Access>::set_priority_exponent(double exponent) {
         s.words[i] = tree_.leaf(first + i).load(std::memory_order_acquire);
         s.slots[i] = 0;
         s.reals[i] = 0.0;
-        if (tree_.code.lap(s.words[i]) == 0) continue;
-        s.bits[i] = word_at(first + i, RecordLayout::kState).load(std::memory_order_acquire);
-        s.slots[i] = word_at(first + i, RecordLayout::kLapAndStream).load(std::memory_order_acquire) >> 16;
-        s.reals[i] = static_cast<double>(RecordState::priority(s.bits[i])) + map.epsilon;
+        if (code.lap(s.words[i]) == 0 || !code.is_row(s.words[i])) continue;
+        s.bits[i] = word_at(first + i, RecordLayout::kPriority).load(std::memory_order_acquire);
+        s.slots[i] = RecordHead::lap(word_at(first + i, RecordLayout::kHead).load(std::memory_order_acquire));
+        if (!RecordPriority::has_lap(s.bits[i], s.slots[i])) {  // lost to a store too late for the row before
+          s.bits[i] = RecordPriority::of(before.priority(code.weight(s.words[i])), s.slots[i]);
+          if (code.has_lap(tree_.leaf(first + i).load(std::memory_order_acquire), s.slots[i])) {
+            word_at(first + i, RecordLayout::kPriority).store(s.bits[i], std::memory_order_release);
+          }
+        }
+        s.reals[i] = static_cast<double>(RecordPriority::value(s.bits[i])) + map.epsilon;
       }
       kernels().replay.powers(s.reals.data(), n, exponent);
       for (size_t i = 0; i < n; ++i) {
         const Place at{0, first + i, s.slots[i]};
-        if (at.lap == 0 || !tree_.code.has_lap(s.words[i], at.lap) || !tree_.code.is_row(s.words[i])) continue;
+        if (at.lap == 0 || !code.has_lap(s.words[i], at.lap)) continue;
         uint64_t saturated = 0;
-        const uint64_t weight = RecordState::priority(s.bits[i]) < 0.0f ? 0 : map.fixed(s.reals[i], &saturated);
-        if (weight == tree_.code.weight(s.words[i]) &&
-            tree_.leaf(at.slot).load(std::memory_order_relaxed) == s.words[i]) {
-          continue;
-        }
         uint64_t found = s.words[i];
-        const uint64_t next = tree_.code.make(at.lap, tree_.code.state(found), weight);
+        const uint64_t next = code.make(at.lap, code.state(found), map.fixed(s.reals[i], &saturated));
+        if (next == found && tree_.leaf(at.slot).load(std::memory_order_acquire) == found) continue;
         if (tree_.leaf(at.slot).compare_exchange_strong(found, next, std::memory_order_acq_rel,
                                                         std::memory_order_relaxed)) {
           change_weight(at.slot, s.words[i], next);
-          if (word_at(at.slot, RecordLayout::kState).load(std::memory_order_acquire) == s.bits[i]) continue;
+          if (word_at(at.slot, RecordLayout::kPriority).load(std::memory_order_acquire) == s.bits[i]) continue;
         }
         sync_leaf(at, false);
       }
