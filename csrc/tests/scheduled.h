@@ -50,7 +50,7 @@ class ScheduledWord {
   static_assert(std::is_integral_v<T> && sizeof(T) <= 8);
 
  public:
-  explicit ScheduledWord(T* address) : address_(address) {}
+  ScheduledWord(T* address) : address_(address) {}  // converts, as in the core: return {address}
 
   T load(std::memory_order order) const {
     if (detail::active == nullptr) return __atomic_load_n(address_, __ATOMIC_SEQ_CST);
