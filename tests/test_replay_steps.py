@@ -144,7 +144,7 @@ def test_n_step_and_discount_of_the_buffer_hold_unless_a_call_says_otherwise():
 
 def test_a_window_goes_round_the_ring():
     buffer = ReplayBuffer(5, {**SCHEMA, "rewards": ((), "f8")}, n_step=5, discount=1.0)
-    for start in range(0, 23):
+    for start in range(23):
         observations, actions, _, _, ended = rows([start])
         buffer.insert(observations, actions, [2.0**start], rows([start + 1])[0], ended)
     batch = buffer.sample(5, replacement=False)
