@@ -102,7 +102,9 @@ template <class Access>
 bool ReplayT<Access>::choose_again(const SampleRequest& request, size_t i, uint64_t bits, Overlay* overlay,
                                    Scratch& s) {
   if (!prioritized()) {
-    s.slots[i] = target_of(bits, slots_in_use(), request.stratified && overlay == nullptr, i, request.n);
+    // From all slots, not from the stratum: else the rows beside one that holds none would get its share.
+    if (!s.rows.empty()) return choose_listed(i, bits, overlay, s);
+    s.slots[i] = target_of(bits, slots_in_use(), false, i, request.n);
     s.words[i] = tree_.leaf(s.slots[i]).load(std::memory_order_acquire);
     return usable(s.slots[i], s.words[i]) && (overlay == nullptr || !overlay->has(s.slots[i]));
   }
@@ -146,9 +148,35 @@ bool ReplayT<Access>::choose_again(const SampleRequest& request, size_t i, uint6
   return usable(node, s.words[i]) && !overlay->has(node);
 }
 
-// Any row at all, from a random place on.
+// One of the rows that are left, all of the same chance, from a list that a batch makes once.
+template <class Access>
+bool ReplayT<Access>::choose_listed(size_t i, uint64_t bits, Overlay* overlay, Scratch& s) {
+  if (s.rows.empty()) {
+    for (uint64_t slot = 0, slots = slots_in_use(); slot < slots; ++slot) {
+      if (usable(slot, tree_.leaf(slot).load(std::memory_order_acquire)) &&
+          (overlay == nullptr || !overlay->has(slot))) {
+        s.rows.push_back(slot);
+      }
+    }
+  }
+  while (!s.rows.empty()) {
+    const uint64_t place = target_of(bits, s.rows.size(), false, 0, 1);
+    s.slots[i] = s.rows[place];
+    s.words[i] = tree_.leaf(s.slots[i]).load(std::memory_order_acquire);
+    const bool found = usable(s.slots[i], s.words[i]);
+    if (!found || overlay != nullptr) {
+      s.rows[place] = s.rows.back();
+      s.rows.pop_back();
+    }
+    if (found) return true;
+  }
+  return false;
+}
+
+// Any row at all, with priorities from a random place on.
 template <class Access>
 bool ReplayT<Access>::choose_by_scan(size_t i, uint64_t bits, Overlay* overlay, Scratch& s) {
+  if (!prioritized()) return choose_listed(i, bits, overlay, s);
   const uint64_t slots = slots_in_use(), first = bits % slots;
   for (uint64_t step = 0; step < slots; ++step) {
     s.slots[i] = (first + step) % slots;
@@ -160,7 +188,9 @@ bool ReplayT<Access>::choose_by_scan(size_t i, uint64_t bits, Overlay* overlay, 
 
 namespace {
 
-constexpr uint64_t kAttempts = 64;
+// Of a draw: kAttempts by choose_distinct, as many by draw_again, then scans from kScan on. Each has bits of its own,
+// as those of an attempt that failed are no longer uniform.
+constexpr uint64_t kAttempts = 64, kScan = 2 * kAttempts + 1;
 
 // Bits of draw i's attempt, counted from 1; attempt 0 is the batch's own.
 inline uint64_t bits_of(uint64_t seed, uint64_t call, uint64_t attempt, size_t i) {
@@ -179,32 +209,15 @@ inline uint64_t bits_of(uint64_t seed, uint64_t call, uint64_t attempt, size_t i
 // one after the other from what is left.
 template <class Access>
 void ReplayT<Access>::choose_distinct(const SampleRequest& request, uint64_t call, Overlay& overlay, Scratch& s) {
-  if (!prioritized() && 2 * request.n > slots_in_use()) return choose_permuted(request, call, overlay, s);
+  // A uniform batch of most rows: the beginning of a random permutation of them all.
+  const bool most = !prioritized() && 2 * request.n > size();
   for (size_t i = 0; i < request.n; ++i) {
-    bool found = usable(s.slots[i], s.words[i]) && !overlay.has(s.slots[i]);
-    uint64_t bits = 0;
-    for (uint64_t attempt = 1; !found && attempt <= kAttempts; ++attempt) {
-      bits = bits_of(header().seed, call, attempt, i);
-      found = choose_again(request, i, bits, &overlay, s);
+    bool found = !most && usable(s.slots[i], s.words[i]) && !overlay.has(s.slots[i]);
+    for (uint64_t attempt = 1; !found && !most && attempt <= kAttempts; ++attempt) {
+      found = choose_again(request, i, bits_of(header().seed, call, attempt, i), &overlay, s);
     }
-    if (!found && !choose_by_scan(i, bits, &overlay, s)) too_few(request.n, i);
+    if (!found && !choose_by_scan(i, bits_of(header().seed, call, kScan, i), &overlay, s)) too_few(request.n, i);
     overlay.take(s.slots[i], tree_.code.weight(s.words[i]));
-  }
-}
-
-// A uniform batch of most rows: the beginning of a random permutation of them all.
-template <class Access>
-void ReplayT<Access>::choose_permuted(const SampleRequest& request, uint64_t call, Overlay& overlay, Scratch& s) {
-  std::vector<uint64_t> rows;
-  for (uint64_t slot = 0; slot < slots_in_use(); ++slot) {
-    if (usable(slot, tree_.leaf(slot).load(std::memory_order_acquire))) rows.push_back(slot);
-  }
-  if (rows.size() < request.n) too_few(request.n, rows.size());
-  for (size_t i = 0; i < request.n; ++i) {
-    std::swap(rows[i], rows[i + target_of(bits_of(header().seed, call, 1, i), rows.size() - i, false, 0, 1)]);
-    s.slots[i] = rows[i];
-    s.words[i] = tree_.leaf(rows[i]).load(std::memory_order_acquire);
-    overlay.take(rows[i], 1);
   }
 }
 

@@ -239,9 +239,9 @@ class ReplayT {
   uint64_t slots_in_use() const;
   void choose(const SampleRequest& request, uint64_t total, Scratch& s);
   bool choose_again(const SampleRequest& request, size_t i, uint64_t bits, Overlay* overlay, Scratch& s);
+  bool choose_listed(size_t i, uint64_t bits, Overlay* overlay, Scratch& s);
   bool choose_by_scan(size_t i, uint64_t bits, Overlay* overlay, Scratch& s);
   void choose_distinct(const SampleRequest& request, uint64_t call, Overlay& overlay, Scratch& s);
-  void choose_permuted(const SampleRequest& request, uint64_t call, Overlay& overlay, Scratch& s);
   void draw_again(const SampleRequest& request, const SampleOut& out, size_t i, uint64_t call, Overlay* overlay,
                   Scratch& s);
   bool complete(const SampleRequest& request, const SampleOut& out, size_t first, size_t count, Scratch& s);

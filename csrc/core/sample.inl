@@ -263,16 +263,15 @@ void ReplayT<Access>::draw_again(const SampleRequest& request, const SampleOut& 
     if (s.whole[i] != 0 && overlay != nullptr) overlay->take(s.slots[i], tree_.code.weight(s.words[i]));
     return s.whole[i] != 0;
   };
-  uint64_t bits = 0;
   for (uint64_t attempt = 1; attempt <= kAttempts; ++attempt) {
     word(header().retries).fetch_add(1, std::memory_order_relaxed);
-    bits = bits_of(header().seed, call, attempt + (overlay == nullptr ? 0 : kAttempts), i);
+    const uint64_t bits = bits_of(header().seed, call, attempt + (overlay == nullptr ? 0 : kAttempts), i);
     if (choose_again(request, i, bits, overlay, s) && taken()) return;
   }
   // From ever new places on: a row met may be overwritten before it is copied.
   const uint64_t slots = slots_in_use();
   for (uint64_t step = 0; step < slots; ++step) {
-    if (!choose_by_scan(i, bits + step, overlay, s)) break;
+    if (!choose_by_scan(i, bits_of(header().seed, call, kScan + 1 + step, i), overlay, s)) break;
     if (taken()) return;
   }
   if (overlay != nullptr) too_few(request.n, i);
@@ -289,6 +288,7 @@ uint64_t ReplayT<Access>::sample(const SampleRequest& request, const SampleOut& 
   const uint64_t slots = slots_in_use();
   if (slots == 0) throw NothingToSample("the buffer is empty; insert rows before sampling");
   Scratch& s = scratch(n, tree_.top_nodes());
+  s.rows.clear();
   const int64_t total = prioritized() ? tree_.top_prefix(s.prefix.data()) : static_cast<int64_t>(slots);
   const bool at_rest = next_ticket() == word(shares() ? h.opened : h.inserts).load(std::memory_order_relaxed) +
                                             word(h.busy_slots).load(std::memory_order_relaxed);

@@ -18,6 +18,7 @@ struct ReplayT<Access>::Scratch {
   std::vector<int32_t> bucket_changes[2] = {std::vector<int32_t>(kBuckets, 0), std::vector<int32_t>(kBuckets, 0)};
   std::vector<uint32_t> touched;
   std::vector<FieldCopy> fields;
+  std::vector<uint64_t> rows;  // slots that a uniform batch may still draw, once it had to list them
   std::vector<uint8_t> shown;  // a piece of a record to compare
 };
 
