@@ -242,6 +242,7 @@ class ReplayT {
   bool choose_listed(size_t i, uint64_t bits, Overlay* overlay, Scratch& s);
   bool choose_by_scan(size_t i, uint64_t bits, Overlay* overlay, Scratch& s);
   void choose_distinct(const SampleRequest& request, uint64_t call, Overlay& overlay, Scratch& s);
+  void draw(const SampleRequest& request, const SampleOut& out, uint64_t total, uint64_t call, Scratch& s);
   void draw_again(const SampleRequest& request, const SampleOut& out, size_t i, uint64_t call, Overlay* overlay,
                   Scratch& s);
   bool complete(const SampleRequest& request, const SampleOut& out, size_t first, size_t count, Scratch& s);

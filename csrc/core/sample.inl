@@ -278,6 +278,28 @@ void ReplayT<Access>::draw_again(const SampleRequest& request, const SampleOut& 
   throw NothingToSample("no row of the buffer has positive weight; nothing can be sampled");
 }
 
+// One batch, all but its importance weights.
+template <class Access>
+void ReplayT<Access>::draw(const SampleRequest& request, const SampleOut& out, uint64_t total, uint64_t call,
+                           Scratch& s) {
+  const size_t n = request.n;
+  kernels().replay.philox_draws(header().seed, call, kSample, s.bits.data(), n);
+  choose(request, total, s);
+  if (request.replacement) {
+    const bool whole = complete(request, out, 0, n, s);
+    for (size_t i = 0; !whole && i < n; ++i) {
+      if (s.whole[i] == 0) draw_again(request, out, i, call, nullptr, s);
+    }
+  } else {
+    Overlay overlay(2 * n, tree_.shape());
+    choose_distinct(request, call, overlay, s);
+    complete(request, out, 0, n, s);
+    for (size_t i = 0; i < n; ++i) {
+      if (s.whole[i] == 0) draw_again(request, out, i, call, &overlay, s);
+    }
+  }
+}
+
 template <class Access>
 uint64_t ReplayT<Access>::sample(const SampleRequest& request, const SampleOut& out) {
   SegmentHeader& h = header();
@@ -297,20 +319,11 @@ uint64_t ReplayT<Access>::sample(const SampleRequest& request, const SampleOut& 
     throw NothingToSample("no row of the buffer has positive weight; nothing can be sampled");
   }
   const uint64_t call = word(h.sample_calls).fetch_add(1, std::memory_order_relaxed);
-  kernels().replay.philox_draws(h.seed, call, kSample, s.bits.data(), n);
-  choose(request, static_cast<uint64_t>(std::max<int64_t>(total, 0)), s);
-  if (request.replacement) {
-    const bool whole = complete(request, out, 0, n, s);
-    for (size_t i = 0; !whole && i < n; ++i) {
-      if (s.whole[i] == 0) draw_again(request, out, i, call, nullptr, s);
-    }
-  } else {
-    Overlay overlay(2 * n, tree_.shape());
-    choose_distinct(request, call, overlay, s);
-    complete(request, out, 0, n, s);
-    for (size_t i = 0; i < n; ++i) {
-      if (s.whole[i] == 0) draw_again(request, out, i, call, &overlay, s);
-    }
+  try {
+    draw(request, out, static_cast<uint64_t>(std::max<int64_t>(total, 0)), call, s);
+  } catch (...) {
+    return_call(call, 0);  // nothing was drawn, so the next batch is the one that this would have been
+    throw;
   }
   write_weights(request, out, s);
   const uint64_t issued = next_ticket();
