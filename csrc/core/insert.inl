@@ -69,6 +69,7 @@ struct ReplayT<Access>::Writer {
     }
     SegmentHeader& h = replay.header();
     if (given_up != 0) word(h.busy_slots).fetch_add(given_up, std::memory_order_relaxed);
+    if (saturated != 0) word(h.saturated_weights).fetch_add(saturated, std::memory_order_relaxed);
     if (opened != 0) word(h.opened).fetch_add(opened, std::memory_order_relaxed);
     if (replay.shares() && rows != 0) word(h.rows).fetch_add(static_cast<uint64_t>(rows), std::memory_order_relaxed);
   }
@@ -89,7 +90,7 @@ struct ReplayT<Access>::Writer {
   const Default standard;
   typename PriorityTree<Access>::Deltas deltas;
   Place next{};
-  uint64_t left = 0, given_up = 0, opened = 0;
+  uint64_t left = 0, given_up = 0, opened = 0, saturated = 0;
   int64_t rows = 0;
   Run runs[2][2];
   int64_t linked_stream = -1;
@@ -169,10 +170,12 @@ void ReplayT<Access>::link(const Place& previous, uint64_t ticket) {
 
 // What a row about to be published weighs.
 template <class Access>
-typename ReplayT<Access>::RowWeight ReplayT<Access>::weigh(const InsertRows& rows, size_t row,
-                                                           const Default& standard) const {
-  if (rows.priorities == nullptr || !prioritized()) return {standard.priority, standard.weight, false};
-  return {rows.priorities[row], priority_map().weight(rows.priorities[row]), true};
+typename ReplayT<Access>::RowWeight ReplayT<Access>::weigh(Writer& writer, const InsertRows& rows,
+                                                           size_t row) const {
+  if (rows.priorities == nullptr || !prioritized()) {
+    return {writer.standard.priority, writer.standard.weight, false};
+  }
+  return {rows.priorities[row], priority_map().weight(rows.priorities[row], &writer.saturated), true};
 }
 
 template <class Access>
@@ -220,6 +223,7 @@ void ReplayT<Access>::insert(const InsertRows& rows, int64_t* handles) {
     }
     writer.finish();
   }
+  if (rows.priorities != nullptr) raise_historic(*std::max_element(rows.priorities, rows.priorities + rows.n));
   if (rows.nan_rows != 0) word(h.nan_observations).fetch_add(rows.nan_rows, std::memory_order_relaxed);
   // acq_rel: partner of set_priority_exponent. Either it sees these rows, or this sees its exponent.
   word(h.inserts).fetch_add(rows.n, std::memory_order_acq_rel);
@@ -234,7 +238,7 @@ template <class Access>
 uint64_t ReplayT<Access>::add_row(Writer& writer, const InsertRows& rows, size_t row) {
   const Place at = writer.claim(rows.n - row);
   const uint64_t stream = stream_of(rows, row);
-  const RowWeight own = weigh(rows, row, writer.standard);
+  const RowWeight own = weigh(writer, rows, row);
   write_fields(at.slot, rows, row);
   write_header(at, RecordHead::of(at.lap, stream, RecordHead::kRow | end_flags(rows, row)), at.ticket, own.priority);
   publish(writer, at, own);
@@ -262,7 +266,7 @@ uint64_t ReplayT<Access>::add_sharing_row(Writer& writer, const InsertRows& rows
   const uint64_t open = tail.load(std::memory_order_acquire);
   const Place found = place_of(open == 0 ? 0 : open - 1);
   const Place at = open != 0 && resume(found, rows, row) ? found : hold_stack(writer, rows, row, false, false);
-  const RowWeight own = weigh(rows, row, writer.standard);
+  const RowWeight own = weigh(writer, rows, row);
   write_fields(at.slot, rows, row);
   word_at(at.slot, RecordLayout::kHead)
       .store(RecordHead::of(at.lap, stream, RecordHead::kRow | flags), std::memory_order_release);

@@ -28,11 +28,14 @@ struct PriorityMap {
     return rounded == 0 && weight > 0.0 ? 1 : rounded;
   }
   // O(1).
-  uint64_t weight(float priority) const {
+  uint64_t weight(float priority, uint64_t* saturated) const {
     double value = static_cast<double>(priority) + epsilon;
     kernels().replay.powers(&value, 1, exponent);
+    return fixed(value, saturated);
+  }
+  uint64_t weight(float priority) const {
     uint64_t saturated = 0;
-    return fixed(value, &saturated);
+    return weight(priority, &saturated);
   }
   // The least float32 priority whose weight is about `weight`; 1 where the exponent is 0. O(1).
   float priority(uint64_t weight) const {

@@ -221,7 +221,7 @@ class ReplayT {
   void write_fields(uint64_t slot, const InsertRows& rows, size_t row);
   void write_observation(uint64_t slot, const InsertRows& rows, size_t row, bool successor, uint32_t frame);
   void link(const Place& previous, uint64_t ticket);
-  RowWeight weigh(const InsertRows& rows, size_t row, const Default& standard) const;
+  RowWeight weigh(Writer& writer, const InsertRows& rows, size_t row) const;
   void publish(Writer& writer, const Place& at, const RowWeight& own);
   uint64_t add_row(Writer& writer, const InsertRows& rows, size_t row);
   uint64_t add_sharing_row(Writer& writer, const InsertRows& rows, size_t row);
@@ -259,6 +259,7 @@ class ReplayT {
 
   // update.inl
   void raise_highest(size_t bucket);
+  void raise_historic(float priority);
   size_t highest_bucket() const;
   uint64_t lowest_weight() const;
   void sync_leaf(const Place& at, bool computed);

@@ -32,6 +32,16 @@ void ReplayT<Access>::raise_highest(size_t bucket) {
 }
 
 template <class Access>
+void ReplayT<Access>::raise_historic(float priority) {
+  const Word<uint64_t> historic = word(header().historic_maximum);
+  uint64_t seen = historic.load(std::memory_order_relaxed);
+  while (priority > std::bit_cast<float>(static_cast<uint32_t>(seen)) &&
+         !historic.compare_exchange_weak(seen, std::bit_cast<uint32_t>(priority), std::memory_order_relaxed,
+                                         std::memory_order_relaxed)) {
+  }
+}
+
+template <class Access>
 size_t ReplayT<Access>::highest_bucket() const {
   SegmentHeader& h = header();
   const Word<uint64_t> highest = word(h.highest_bucket);
@@ -267,12 +277,7 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
     if (by > 0 && computed != 0) raise_highest(bucket);
   }
   s.touched.clear();
-  const Word<uint64_t> historic = word(h.historic_maximum);
-  uint64_t seen = historic.load(std::memory_order_relaxed);
-  while (largest > std::bit_cast<float>(static_cast<uint32_t>(seen)) &&
-         !historic.compare_exchange_weak(seen, std::bit_cast<uint32_t>(largest), std::memory_order_relaxed,
-                                         std::memory_order_relaxed)) {
-  }
+  raise_historic(largest);
   if (refused != 0) word(h.refused_updates).fetch_add(refused, std::memory_order_relaxed);
   if (saturated != 0) word(h.saturated_weights).fetch_add(saturated, std::memory_order_relaxed);
   // acq_rel: partner of set_priority_exponent. Either it sees these weights, or this sees its exponent.
