@@ -32,6 +32,21 @@ def check_integer(name: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """``value`` as a bool; TypeError, naming the argument, where it is none."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is {value!r}; it must be True or False")
+    return bool(value)
+
+
+def check_device(value: Any) -> torch.device:
+    """``value`` as a device; ValueError where torch knows none of that name."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {value!r}; it must be a torch device, as 'cpu' or 'cuda:0'") from None
+
+
 def available_memory() -> int:
     """Bytes that this process may still take: what the system has free, within the control group's limit."""
     available = 2**63
@@ -79,6 +94,17 @@ def column(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], 
         raise TypeError(f"{name} has the dtype {array.dtype}, which does not convert to {dtype}")
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array.reshape(n, *shape), dtype=dtype)
+
+
+def as_priorities(values: Array) -> Array:
+    """float64 priorities as float32: one too large becomes the largest, and one that is not 0 never becomes it."""
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = values.astype(np.float32)
+    limits = np.finfo(np.float32)
+    vanished = (values != 0) & (narrow == 0)
+    narrow[vanished] = np.copysign(limits.smallest_subnormal, values[vanished])
+    narrow[np.isfinite(values) & (narrow == np.inf)] = limits.max
+    return narrow
 
 
 def host(name: str, value: Any) -> torch.Tensor:

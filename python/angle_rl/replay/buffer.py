@@ -11,7 +11,17 @@ import torch
 
 from angle_rl import _core
 from angle_rl.replay import sharing
-from angle_rl.replay.arrays import as_array, check_integer, check_number, column, handle_tensor, require_memory
+from angle_rl.replay.arrays import (
+    as_array,
+    as_priorities,
+    check_device,
+    check_flag,
+    check_integer,
+    check_number,
+    column,
+    handle_tensor,
+    require_memory,
+)
 from angle_rl.replay.batches import BatchLayout
 from angle_rl.replay.images import frames_of, shares_successors
 from angle_rl.replay.prefetch import Prefetcher
@@ -29,6 +39,12 @@ Described: TypeAlias = "Mapping[str, Any] | Sequence[Any] | Schema | None"
 _to_tensor: Callable[[Any], torch.Tensor] = getattr(torch._C, "_from_dlpack", torch.utils.dlpack.from_dlpack)
 _STRATIFIED, _REPLACEMENT, _BOUND_BY_BUFFER = 1, 2, 4  # the core's flags of a sample
 _MOST_STEPS = 2**20
+_CHECKS: dict[str, Callable[[Any], Any]] = {  # of attributes, so that a draw need not check them anew
+    "n_step": lambda value: check_integer("n_step", value, 1, _MOST_STEPS),
+    "discount": lambda value: check_number("discount", value, 0.0, 1.0),
+    "stratified": lambda value: check_flag("stratified", value),
+    "replacement": lambda value: check_flag("replacement", value),
+}
 
 
 class ReplayBuffer:
@@ -64,6 +80,10 @@ class ReplayBuffer:
         n_step, discount, stratified, replacement: as above; may be set at any time, in this process.
     """
 
+    n_step: int
+    discount: float
+    stratified: bool
+    replacement: bool
     _prioritized = False
     _end: Callable[[], Any] | None
 
@@ -98,6 +118,10 @@ class ReplayBuffer:
         }
         self._create(make_schema(schema, observation_space, action_space), options, sharing.place_of(shared, path))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = _CHECKS.get(name)
+        object.__setattr__(self, name, value if check is None else check(value))
+
     def __init_subclass__(cls) -> None:
         sharing.allow_multiprocessing(cls)
 
@@ -108,7 +132,7 @@ class ReplayBuffer:
         seed = check_integer("seed", options["seed"], 0, 2**64 - 1)
         share = shares_successors(schema, options["share_successors"], options["frame_stack"])
         frames = frames_of(schema, options["frame_stack"], share)
-        options |= {"share_successors": share, "frame_stack": max(frames)}
+        options |= {"share_successors": share}
         row = sum(int(np.prod(f.shape, dtype=object)) * f.dtype.itemsize for f in schema.fields)
         if place.kind != "file" and not share:
             require_memory(capacity, row + 32)
@@ -139,11 +163,9 @@ class ReplayBuffer:
         self._place = place
         self._end = None
         self._fixed = {name: options[name] for name in ("capacity", "share_successors", "frame_stack", "seed")}
-        self.n_step = check_integer("n_step", options["n_step"], 1, _MOST_STEPS)
-        self.discount = check_number("discount", options["discount"], 0.0, 1.0)
-        self.stratified = bool(options["stratified"])
-        self.replacement = bool(options["replacement"])
-        self._device = torch.device(options["device"])
+        for name in _CHECKS:
+            setattr(self, name, options[name])
+        self._device = check_device(options["device"])
         self._bound_by_buffer = False
         self._importance_exponent: ImportanceExponent = 0.0
         if self.n_step > 1:
@@ -342,7 +364,7 @@ class ReplayBuffer:
         if priorities is not None:
             if not self._prioritized:
                 raise ValueError("priorities is given; a uniform buffer has none")
-            priorities = column("priorities", priorities, (), np.dtype(np.float32), n, batched)
+            priorities = as_priorities(column("priorities", priorities, (), np.dtype(np.float64), n, batched))
         handles: Array | None = self._core.insert(columns, ended, cut, streams, priorities)
         if handles is None:
             raise RuntimeError("the core refused arrays that the facade had converted; please report this")
@@ -360,6 +382,8 @@ class ReplayBuffer:
         Raises ValueError for a handle that was never issued; nothing is removed then. Any thread.
         """
         tensor = handle_tensor(handles)
+        if tensor.dim() != 1:
+            raise ValueError(f"handles has the shape {tuple(tensor.shape)}; it must be (n,)")
         return self._core.remove(tensor.data_ptr(), tensor.numel())
 
     # ---- batches out ----
@@ -398,7 +422,7 @@ class ReplayBuffer:
         """
         arguments = self._sample_arguments(batch_size, n_step, discount, importance_exponent, stratified, replacement)
         if device is not None or (out is None and self._device.type != "cpu"):
-            return self._sample_to(torch.device(device or self._device), arguments, out)
+            return self._sample_to(self._device if device is None else check_device(device), arguments, out)
         if out is None:
             return self._batches.assemble(list(map(_to_tensor, self._core.sample_fresh(*arguments))))
         self._core.sample(*arguments, self._batches.addresses(out, arguments[0]))
@@ -428,8 +452,8 @@ class ReplayBuffer:
             importance_exponent = exponent if isinstance(exponent, float) else self._scheduled(exponent)
         else:
             importance_exponent = check_number("importance_exponent", importance_exponent, 0.0)
-        flags = _STRATIFIED if (self.stratified if stratified is None else stratified) else 0
-        if self.replacement if replacement is None else replacement:
+        flags = _STRATIFIED if (self.stratified if stratified is None else check_flag("stratified", stratified)) else 0
+        if self.replacement if replacement is None else check_flag("replacement", replacement):
             flags |= _REPLACEMENT
         if self._bound_by_buffer:
             flags |= _BOUND_BY_BUFFER
@@ -461,7 +485,7 @@ class ReplayBuffer:
         depth = check_integer("depth", depth, 1, 1024)
         arguments = (batch_size, n_step, discount, importance_exponent, stratified, replacement)
         self._sample_arguments(*arguments)
-        return Prefetcher(self, depth, torch.device(device or self._device), arguments)
+        return Prefetcher(self, depth, self._device if device is None else check_device(device), arguments)
 
     def _blank(self, n: int, pinned: bool) -> list[torch.Tensor]:
         """Tensors for a batch, not filled yet."""
@@ -493,7 +517,7 @@ class ReplayBuffer:
             "capacity": self.capacity,
             "prioritized": self._prioritized,
             "share_successors": self._fixed["share_successors"],
-            "frame_stack": self._fixed["frame_stack"],
+            "frame_stack": self._core.stack,
             "size": len(self),
         }
         return self._core.parts(), facts

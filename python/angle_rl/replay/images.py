@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from angle_rl.replay.arrays import check_integer
+from angle_rl.replay.arrays import check_flag, check_integer
 from angle_rl.schema import Field, Schema
 
+_MOST_FRAMES = 64
 _SURE_STACKS = (2, 4)  # first axes that no image format uses for colours: 1 is grey, 3 colour
 
 
@@ -18,17 +19,16 @@ def _is_image(field: Field) -> bool:
 
 def shares_successors(schema: Schema, asked: Any, frame_stack: Any) -> bool:
     """Whether next observations are read from the next row. ValueError where frame stacks need it and it is refused."""
+    frames = 1 if frame_stack is None else check_integer("frame_stack", frame_stack, 1, _MOST_FRAMES)
     if asked is None:
-        return any(_is_image(field) for field in schema.observations) or (frame_stack or 1) > 1
-    if not asked and frame_stack is not None and frame_stack > 1:
-        raise ValueError(f"frame_stack is {frame_stack} and share_successors False; stacks need shared successors")
+        return any(_is_image(field) for field in schema.observations) or frames > 1
+    if not check_flag("share_successors", asked) and frames > 1:
+        raise ValueError(f"frame_stack is {frames} and share_successors False; stacks need shared successors")
     return bool(asked)
 
 
 def frames_of(schema: Schema, asked: Any, share: bool) -> list[int]:
     """The frames of each of the schema's fields, 1 for none. ValueError where no observation is such a stack."""
-    if asked is not None:
-        asked = check_integer("frame_stack", asked, 1, 64)
     frames = []
     for field in schema.observations:
         stacked = len(field.shape) >= 3 and field.shape[0] == asked

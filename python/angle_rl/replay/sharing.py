@@ -93,7 +93,15 @@ def describe(schema: Schema, prioritized: bool, options: Mapping[str, Any]) -> s
             "options": {name: value for name, value in options.items() if not callable(value)},
         },
         allow_nan=False,
+        default=_plain,
     )
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, which options may be, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} is no option of a buffer")
 
 
 def understand(text: str, prioritized: bool) -> tuple[Schema, dict[str, Any]]:
