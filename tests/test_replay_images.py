@@ -49,7 +49,7 @@ class Recorder:
             np.arange(n),
         )
         self.time += n
-        handles = [buffer.insert(*arguments) for buffer in self.buffers][0]
+        handles = next(buffer.insert(*arguments) for buffer in self.buffers)
         for i, (before, after) in enumerate(pairs):
             row = Row(i, key(before), key(after), float(actions[i] % 32), bool(terminated[i]), bool(truncated[i]))
             self.history.add(int(handles[i]), row)
