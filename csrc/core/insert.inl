@@ -276,7 +276,11 @@ uint64_t ReplayT<Access>::add_sharing_row(Writer& writer, const InsertRows& rows
   word_at(at.slot, RecordLayout::kNext).store(next.ticket, std::memory_order_release);
   tail.store(flags != 0 ? 0 : next.ticket + 1, std::memory_order_release);
   publish(writer, at, own);
-  if (record_.stack > 1 && !frames_live(at.ticket)) retire(at);
+  // The ring may have passed the record while it was busy and then taken the successor's: nobody would overwrite this
+  // row before that. acq_rel, with the add in claim: either this sees the ticket that passed, or its taker the
+  // published row.
+  const bool passed = word(header().next_ticket).fetch_add(0, std::memory_order_acq_rel) > at.ticket + layout_.capacity;
+  if (passed || (record_.stack > 1 && !frames_live(at.ticket))) retire(at);
   return at.ticket;
 }
 
