@@ -99,7 +99,10 @@ ReplayT<Access>::ReplayT(RecordLayout record, Memory memory)
       layout_(opened(memory).capacity, record_, opened(memory).meta_bytes),
       memory_(std::move(memory)),
       tree_(memory_.data(), layout_) {
-  const SegmentHeader& h = header();
+  SegmentHeader& h = header();
+  if (word(h.highest_bucket).load(std::memory_order_relaxed) >= kBuckets) {
+    throw std::invalid_argument("this is no replay segment: its counts of rows by weight are damaged");
+  }
   if (h.schema_hash != record_.schema_hash || h.record_bytes != record_.record_bytes ||
       h.segment_bytes != layout_.total_bytes) {
     throw std::invalid_argument("this is no replay segment of these rows: its schema hash is " +
@@ -214,6 +217,25 @@ struct ReplayT<Access>::Truth {
   uint64_t rows = 0;
 };
 
+// Whether everything that a row is put together from is there: its successor and the older frames of both. At rest it
+// is, unless a writer died between a claim and what it owed to the rows that needed the record. Only at rest.
+template <class Access>
+bool ReplayT<Access>::is_complete(uint64_t slot) const {
+  if (!shares()) return true;
+  const uint64_t lap = word_at(slot, RecordLayout::kLapAndStream).load(std::memory_order_acquire) >> 16;
+  const Place next = place_of(word_at(slot, RecordLayout::kNext).load(std::memory_order_acquire));
+  if (!has_lap(next)) return false;
+  for (Place at : {Place{ticket_of(slot, lap), slot, lap}, next}) {
+    for (uint32_t frame = 1; frame < record_.stack; ++frame) {
+      const uint64_t before = word_at(at.slot, RecordLayout::kPrevious).load(std::memory_order_acquire);
+      if (before == at.ticket) break;
+      at = place_of(before);
+      if (!has_lap(at)) return false;
+    }
+  }
+  return true;
+}
+
 // Whether a row's leaf has another weight than its priority asks for.
 template <class Access>
 bool ReplayT<Access>::weight_is_off(uint64_t slot, uint64_t leaf, const PriorityMap& map, uint64_t* due) const {
@@ -247,14 +269,16 @@ std::vector<std::string> ReplayT<Access>::audit() const {
     if (count != 0) findings.push_back(std::to_string(count) + " " + what);
   };
   const PriorityMap map = priority_map();
-  uint64_t busy = 0, off = 0, due = 0;
+  uint64_t busy = 0, off = 0, lacking = 0, due = 0;
   for (uint64_t slot = 0; slot < layout_.capacity; ++slot) {
     const uint64_t leaf = tree_.leaf(slot).load(std::memory_order_acquire);
     busy += tree_.code.state(leaf) == LeafCode::kBusy;
     off += weight_is_off(slot, leaf, map, &due);
+    lacking += tree_.code.is_row(leaf) && tree_.code.weight(leaf) != 0 && !is_complete(slot);
   }
   report(busy, "slots are being written, or their writers died");
   report(off, "rows have another weight than their priority asks for");
+  report(lacking, "rows lack a successor or a frame that was overwritten");
   const Truth truth(*this);
   for (size_t level = 0; level < truth.sums.size(); ++level) {
     uint64_t wrong = 0;
@@ -305,7 +329,16 @@ uint64_t ReplayT<Access>::repair() {
     if (code.state(found) == LeafCode::kBusy) {
       leaf.store(code.make(code.lap(found), LeafCode::kHeld, 0), std::memory_order_release);
       ++mended;
-    } else if (weight_is_off(slot, found, map, &due)) {
+    }
+  }
+  for (uint64_t slot = 0; slot < layout_.capacity; ++slot) {
+    const Word<uint64_t> leaf = tree_.leaf(slot);
+    const uint64_t found = leaf.load(std::memory_order_acquire);
+    if (code.is_row(found) && code.weight(found) != 0 && !is_complete(slot)) {
+      const uint64_t lap = word_at(slot, RecordLayout::kLapAndStream).load(std::memory_order_acquire) >> 16;
+      set_priority({ticket_of(slot, lap), slot, lap}, -1.0f);
+    }
+    if (weight_is_off(slot, found, map, &due)) {
       leaf.store(code.make(code.lap(found), code.state(found), due), std::memory_order_release);
       ++mended;
     }

@@ -156,8 +156,9 @@ class ReplayT {
   bool sums_are_exact() const;
   // What does not add up, one sentence each. At rest exact; else calls under way show as findings. O(capacity).
   std::vector<std::string> audit() const;
-  // Frees slots that a killed writer left busy, weighs every row by its priority, and adds all sums up anew. Returns
-  // how many sums and weights it changed. Only at rest: throws std::runtime_error if a counter moves meanwhile.
+  // Frees slots that a killed writer left busy, removes rows that lack a part, weighs every row by its priority, and
+  // adds all sums up anew. Returns how many sums and weights it changed. Only at rest: throws std::runtime_error if a
+  // counter moves meanwhile.
   uint64_t repair();
 
   // The weight that new rows get now, and the priority it stands for.
@@ -267,6 +268,7 @@ class ReplayT {
   bool retire(const Place& at);
 
   // care.inl
+  bool is_complete(uint64_t slot) const;
   bool weight_is_off(uint64_t slot, uint64_t leaf, const PriorityMap& map, uint64_t* due) const;
 
   RecordLayout record_;
