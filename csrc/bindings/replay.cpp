@@ -117,7 +117,9 @@ class Segment {
     if (kind == "shared") return Segment(Memory::from_descriptor(descriptor));
     throw std::invalid_argument("kind is '" + kind + "'; it must be named, file or shared");
   }
+  // Other threads go on meanwhile: the system gives every page of shared memory its place, which takes a while.
   static Memory create(const std::string& kind, const std::string& target, uint64_t bytes) {
+    const py::gil_scoped_release released;
     if (kind == "named") return Memory::create_named(target, bytes);
     if (kind == "file") return Memory::create_file(target, bytes);
     if (kind == "shared") return Memory::shared(bytes);

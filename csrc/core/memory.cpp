@@ -258,6 +258,7 @@ Memory Memory::from_descriptor(int value) {
   if (flags < 0 || fcntl(value, F_SETFD, flags | FD_CLOEXEC) != 0) fail(errno, what + " is not open");
   const auto bytes = static_cast<size_t>(status_of(value, what).st_size);
   void* const mapped = map(value, bytes, what);
+  advise_huge_pages(mapped, bytes);
   return Memory(mapped, bytes, descriptor.release());
 }
 
