@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -47,6 +48,13 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {  # of attributes, so that a draw ne
 }
 
 
+def _record_bytes(schema: Schema, share: bool, frames: Sequence[int]) -> int:
+    """About what one row takes, as Python's integers have it: shapes may be beyond all memory."""
+    kept = schema.fields[: -len(schema.observations)] if share else schema.fields
+    sizes = [math.prod(f.shape) * f.dtype.itemsize // k for f, k in zip(kept, frames, strict=False)]
+    return (24 + sum(sizes) + 63) // 64 * 64 + 9  # the header before, whole cache lines, the leaf and its sums
+
+
 class ReplayBuffer:
     """Uniform replay: every stored row is equally likely.
 
@@ -73,8 +81,12 @@ class ReplayBuffer:
         device: where sampled tensors are, unless ``sample`` says otherwise.
         shared: True: memory that forked children share and that ``multiprocessing`` passes to others. A name: other
             processes of this user find it by :meth:`attach`; it is taken away by :meth:`close` or when the process
-            that made it ends. Linux only.
+            that made it ends, and by :meth:`unlink` where that was killed. Linux only.
         path: keep the memory in a new file of this name, for buffers larger than memory; :meth:`attach` opens it again.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, named. MemoryError, OSError: the memory, the name or the
+        file is not to be had (FileExistsError: there is one already); then nothing is left behind.
 
     Attributes:
         n_step, discount, stratified, replacement: as above; may be set at any time, in this process.
@@ -133,9 +145,8 @@ class ReplayBuffer:
         share = shares_successors(schema, options["share_successors"], options["frame_stack"])
         frames = frames_of(schema, options["frame_stack"], share)
         options |= {"share_successors": share}
-        row = sum(int(np.prod(f.shape, dtype=object)) * f.dtype.itemsize for f in schema.fields)
-        if place.kind != "file" and not share:
-            require_memory(capacity, row + 32)
+        if place.kind != "file":
+            require_memory(capacity, _record_bytes(schema, share, frames))
         self._configure(schema, options, place)
         meta = sharing.describe(schema, self._prioritized, options)
         self._core = _core.Replay(
@@ -151,7 +162,7 @@ class ReplayBuffer:
             **self._core_priorities(options),
         )
         if place.kind == "named":
-            self._end = sharing.at_end(self, _core.Segment.unlink, place.target)
+            self._end = sharing.take_name_away(self)
 
     def _core_priorities(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The core's arguments about priorities, checked."""
@@ -189,17 +200,27 @@ class ReplayBuffer:
     def attach(cls, name: str | None = None, *, path: Any = None) -> Any:
         """The buffer that another process made with ``shared=name``, or one that was made with ``path=``.
 
-        It has the schema and the options of its maker; schedules do not travel. Raises ValueError, naming it, where it
-        is no buffer of this kind and version, FileNotFoundError where there is none.
+        It has the schema and the options of its maker; schedules do not travel, here and in pickles. Raises
+        ValueError, naming it, where it is no buffer of this kind and version, FileNotFoundError where there is none,
+        PermissionError where it is another user's.
         """
         return cls._attach_to(sharing.place_to_attach(name, path), None, None)
+
+    @staticmethod
+    def unlink(name: str) -> bool:
+        """Take away a name that was given as ``shared=name``; False where there is none.
+
+        For what a maker that was killed left behind: its memory is kept until the machine restarts. Processes that
+        have the buffer keep it. Any process of the same user.
+        """
+        return sharing.unlink(name)
 
     @classmethod
     def _attach_to(cls, place: Place, descriptor: int | None, options: Mapping[str, Any] | None) -> Any:
         with sharing.naming(place):
             segment = _core.Segment.open(place.kind, place.target, -1 if descriptor is None else descriptor)
             schema, described = sharing.understand(segment.meta(), cls._prioritized)
-            found = {**described, **(options or {})}
+            found = described if options is None else options
             buffer = cls.__new__(cls)
             buffer._configure(schema, found, place)
             specs = buffer._field_specs(frames_of(schema, found["frame_stack"], found["share_successors"]))

@@ -106,7 +106,8 @@ class PrioritizedReplayBuffer(ReplayBuffer):
     @staticmethod
     def _missing_schedule(inserts: int) -> float:
         raise ValueError(
-            "importance_exponent was a schedule in the process that made this buffer, which cannot travel; set it here"
+            "importance_exponent is a schedule in the process that this buffer came from, and schedules do not travel; "
+            "set it here"
         )
 
     def _options(self) -> dict[str, Any]:

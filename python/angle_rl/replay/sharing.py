@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import reduction, util
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
+from angle_rl import _core
 from angle_rl.schema import Field, Schema
 
 FORMAT = 1  # of the description; a segment with another one is refused
@@ -75,8 +76,13 @@ def _absolute(path: Any) -> str:
 # The description that memory carries, so that whoever attaches needs nothing else ----------
 
 
+def portable(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that mean the same in any process: without those that are functions."""
+    return {name: value for name, value in options.items() if not callable(value)}
+
+
 def describe(schema: Schema, prioritized: bool, options: Mapping[str, Any]) -> str:
-    """A buffer as JSON text. An option that is a function belongs to one process and is left out."""
+    """A buffer as JSON text, with its :func:`portable` options."""
 
     def fields(of: tuple[Field, ...]) -> list[list[Any]]:
         return [[f.name, list(f.shape), f.dtype.str] for f in of]
@@ -90,7 +96,7 @@ def describe(schema: Schema, prioritized: bool, options: Mapping[str, Any]) -> s
             "rewards": fields((schema.rewards,)),
             "observation_structure": schema.observation_structure,
             "action_structure": schema.action_structure,
-            "options": {name: value for name, value in options.items() if not callable(value)},
+            "options": portable(options),
         },
         allow_nan=False,
         default=_plain,
@@ -143,12 +149,13 @@ def _structure(described: Any) -> Any:
 
 @contextmanager
 def naming(place: Place) -> Iterator[None]:
-    """Errors of what was found in a place get its name in front."""
+    """Errors of what was found in a place are ValueErrors with its name in front."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, TypeError, LookupError) as error:
         where = {"named": f"shared memory {place.target!r}", "file": f"file {place.target!r}"}
-        raise ValueError(f"{where.get(place.kind, 'shared memory')}: {error}") from None
+        what = str(error) if isinstance(error, ValueError) else f"its description cannot be read: {error!r}"
+        raise ValueError(f"{where.get(place.kind, 'shared memory')}: {what}") from None
 
 
 # Pickling. Memory without a name travels as a descriptor, which only multiprocessing can pass on ----------
@@ -170,7 +177,7 @@ def reduce_plainly(buffer: Shareable) -> tuple[Any, ...]:
             "a buffer with shared=True passes to other processes through multiprocessing only; for others give it "
             "a name (shared='name') or a path"
         )
-    return _attach, (type(buffer), place, None, buffer._options())
+    return _attach, (type(buffer), place, None, portable(buffer._options()))
 
 
 def _reduce_in_multiprocessing(buffer: Shareable) -> tuple[Any, ...]:
@@ -178,7 +185,7 @@ def _reduce_in_multiprocessing(buffer: Shareable) -> tuple[Any, ...]:
         return reduce_plainly(buffer)
     # Given to a child as it starts, or fetched from this process by whoever unpickles it, once.
     descriptor = reduction.DupFd(buffer._descriptor())
-    return _attach, (type(buffer), buffer._place, descriptor, buffer._options())
+    return _attach, (type(buffer), buffer._place, descriptor, portable(buffer._options()))
 
 
 def _attach(cls: type[Any], place: Place, descriptor: Any, options: dict[str, Any]) -> Any:
@@ -212,6 +219,27 @@ def at_end(buffer: Any, action: Callable[..., Any], *arguments: Any) -> Callable
     priority puts it after the children have been joined, who may still want to attach.
     """
     return util.Finalize(buffer, action, arguments, exitpriority=-10)
+
+
+def take_name_away(buffer: Shareable) -> Callable[[], Any]:
+    """As :func:`at_end`: the name that this buffer was made under, if it still stands for this memory."""
+    made = os.fstat(buffer._descriptor())
+    return at_end(buffer, _unlink_own, buffer._place.target, (made.st_dev, made.st_ino))
+
+
+def _unlink_own(name: str, made: tuple[int, int]) -> None:
+    # Somebody may have taken the name away before, and somebody else may have made a buffer under it.
+    with suppress(FileNotFoundError):
+        found = os.stat(f"/dev/shm/{name}")
+        if (found.st_dev, found.st_ino) == made:
+            _core.Segment.unlink(name)
+
+
+def unlink(name: Any) -> bool:
+    """Take a name away, whoever made it. False: there was none."""
+    if not isinstance(name, str):
+        raise TypeError(f"name is {name!r}; it must be a string")
+    return _core.Segment.unlink(name)
 
 
 class _Closed:
