@@ -106,11 +106,34 @@ INSERTED_AT_ONCE = 128
 ROLES = ("insert", "insert", "learn", "update")
 
 
+STACK = {"observations": ((4, 2, 3), np.float32), "actions": ((2,), np.float32)}
+
+
+def stacked(values):
+    """Rows as of `rows`, one time step each, whose observations are stacks of frames: the value, and those before."""
+    observations, actions, rewards, _, ended = rows(values)
+    frames = observations[:, :1] + np.arange(-3, 1, dtype=np.float32)  # [n, 4]
+    stacks = np.broadcast_to(frames[:, :, None, None], (*frames.shape, 2, 3))
+    return stacks, actions, rewards, stacks + 1, ended
+
+
+def whole_stacks(batch) -> bool:
+    """`whole`, for rows of `stacked`."""
+    v = batch.rewards.numpy()
+    stacks, actions, _, successors, _ = stacked(v)
+    return (
+        np.array_equal(batch.observations.numpy(), stacks)
+        and np.array_equal(batch.next_observations.numpy(), successors)
+        and np.array_equal(batch.actions.numpy(), actions)
+    )
+
+
 def work(buffer, control: Control, worker: int, seed: int) -> None:
     """The endless work of one process of the kill loop, by its role; nearly all of its time is spent in the core."""
     rng = np.random.default_rng(seed)
     role = ROLES[worker]
-    blocks = [rows(first + np.arange(INSERTED_AT_ONCE)) for first in rng.integers(0, 100_000, 16)]
+    make, check = (stacked, whole_stacks) if buffer.schema.observations[0].shape == (4, 2, 3) else (rows, whole)
+    blocks = [make(first + np.arange(INSERTED_AT_ONCE)) for first in rng.integers(0, 100_000, 16)]
     streams = np.full(INSERTED_AT_ONCE, worker)
     td_errors = torch.from_numpy(rng.random((16, 256)))
     handles = buffer.sample(256).handles
@@ -121,7 +144,7 @@ def work(buffer, control: Control, worker: int, seed: int) -> None:
             buffer.insert(*blocks[turn], streams=streams)
         elif role == "learn":
             batch = buffer.sample(256)
-            if not whole(batch):
+            if not check(batch):
                 os._exit(3)
             buffer.update_priorities(batch.handles, td_errors[turn])
         else:  # the same rows again and again: beside the learner's updates and the writers that overwrite them
