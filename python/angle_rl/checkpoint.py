@@ -96,7 +96,7 @@ def save(path: PathLike, tensors: Mapping[str, torch.Tensor | Array], state: Map
             json.dump(body, file, indent=1, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(temporary)
+        sync_folder(temporary)
         _put_in_place(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -165,11 +165,12 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(target, previous)
     os.replace(temporary, target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush the folder's own entries to the disk, so that a rename in it outlasts a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
