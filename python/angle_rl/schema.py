@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -74,9 +74,13 @@ def make_schema(
     observation_structure = _describe("observations", schema["observations"], observations)
     action_structure = _describe("actions", schema["actions"], actions)
     _describe("rewards", schema.get("rewards", ((), np.float32)), rewards)
-    if len(rewards) != 1 or rewards[0].shape != () or rewards[0].dtype.kind != "f":
-        raise ValueError(f"schema['rewards'] is {schema['rewards']!r}; a reward is one floating-point number")
+    _check_rewards(schema.get("rewards"), rewards)
     return Schema(tuple(observations), tuple(actions), rewards[0], observation_structure, action_structure)
+
+
+def _check_rewards(described: Any, rewards: list[Field]) -> None:
+    if len(rewards) != 1 or rewards[0].shape != () or rewards[0].dtype.kind != "f":
+        raise ValueError(f"schema['rewards'] is {described!r}; a reward is one floating-point number")
 
 
 def _describe(name: str, described: Any, into: list[Field]) -> Any:
@@ -109,7 +113,7 @@ def _describe(name: str, described: Any, into: list[Field]) -> Any:
         raise ValueError(f"schema gives {name} the shape {shape}; every length must be at least 1")
     try:
         torch.from_numpy(np.empty(0, dtype))
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: another byte order
         raise ValueError(f"schema gives {name} the dtype {dtype}, which torch does not have") from None
     into.append(Field(name, shape, dtype))
     return None
@@ -147,3 +151,68 @@ def unflatten(structure: Any, values: list[Any]) -> Any:
     keys, members = structure
     built = [unflatten(member, values) for member in members]
     return tuple(built) if isinstance(keys, int) else dict(zip(keys, built, strict=True))
+
+
+def to_json(schema: Schema) -> dict[str, Any]:
+    """The schema as JSON-able values, from which :func:`from_json` makes an equal one.
+
+    An array is ``{"shape": [...], "dtype": "<f4"}``, a tuple ``{"tuple": [...]}``, a dict
+    ``{"dict": [[key, ...], ...]}`` in its order. Raises ValueError for a dict whose keys are not strings or integers,
+    and for names other than make_schema's.
+    """
+    return {
+        "observations": _member_to_json("observations", schema.observation_structure, iter(schema.observations)),
+        "actions": _member_to_json("actions", schema.action_structure, iter(schema.actions)),
+        "rewards": _member_to_json("rewards", None, iter([schema.rewards])),
+    }
+
+
+def from_json(value: Any) -> Schema:
+    """The schema that :func:`to_json` described. Raises ValueError, saying where, for anything else."""
+    names = ("observations", "actions", "rewards")
+    if not isinstance(value, dict) or set(value) != set(names):
+        raise ValueError(f"the schema must be an object with {', '.join(names)}")
+    observations: list[Field] = []
+    actions: list[Field] = []
+    rewards: list[Field] = []
+    observation_structure = _member_from_json("observations", value["observations"], observations)
+    action_structure = _member_from_json("actions", value["actions"], actions)
+    _member_from_json("rewards", value["rewards"], rewards)
+    _check_rewards(value["rewards"], rewards)
+    return Schema(tuple(observations), tuple(actions), rewards[0], observation_structure, action_structure)
+
+
+def _member_to_json(name: str, structure: Any, fields: Iterator[Field]) -> dict[str, Any]:
+    if structure is None:
+        field = next(fields)
+        if field.name != name:
+            raise ValueError(f"the schema calls {name} {field.name!r}; make_schema's names are expected")
+        return {"shape": list(field.shape), "dtype": field.dtype.str}
+    keys, members = structure
+    if isinstance(keys, int):
+        return {"tuple": [_member_to_json(f"{name}.{i}", member, fields) for i, member in enumerate(members)]}
+    for key in keys:
+        if not isinstance(key, str) and type(key) is not int:
+            raise ValueError(f"{name} is a dict with the key {key!r}; keys are to be strings or integers")
+    described = zip(keys, members, strict=True)
+    return {"dict": [[key, _member_to_json(f"{name}.{key}", member, fields)] for key, member in described]}
+
+
+def _member_from_json(name: str, value: Any, into: list[Field]) -> Any:
+    """Append the fields of a description and return its structure."""
+    if isinstance(value, dict) and set(value) == {"shape", "dtype"}:
+        shape, dtype = value["shape"], value["dtype"]
+        if isinstance(shape, list) and all(type(length) is int for length in shape) and isinstance(dtype, str):
+            try:
+                return _describe(name, (tuple(shape), np.dtype(dtype)), into)
+            except (TypeError, SyntaxError) as error:
+                raise ValueError(f"the schema gives {name} the dtype {dtype!r}, which NumPy does not know") from error
+    elif isinstance(value, dict) and set(value) == {"tuple"} and isinstance(value["tuple"], list):
+        members = value["tuple"]
+        return (len(members), tuple(_member_from_json(f"{name}.{i}", m, into) for i, m in enumerate(members)))
+    elif isinstance(value, dict) and set(value) == {"dict"} and isinstance(value["dict"], list):
+        items = value["dict"]
+        if all(isinstance(item, list) and len(item) == 2 and type(item[0]) in (str, int) for item in items):
+            keys = tuple(key for key, _ in items)
+            return (keys, tuple(_member_from_json(f"{name}.{key}", member, into) for key, member in items))
+    raise ValueError(f"the schema describes {name} as {value!r}; it must be an array, a tuple or a dict")
