@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import gymnasium as gym
@@ -412,6 +413,20 @@ def test_exported_state_goes_on_with_the_same_batches(kind):
     assert {**source.stats()} == {**target.stats()}
 
 
+def test_a_state_fits_whatever_a_buffer_says_of_itself():
+    """A segment carries its buffer's description, which may be longer or shorter than the other's."""
+    source = PrioritizedReplayBuffer(64, SCHEMA, seed=1)
+    source.insert(*rows(np.arange(50)))
+    target = PrioritizedReplayBuffer(64, SCHEMA, seed=2**64 - 1, importance_exponent=0.123456789012345, shared=True)
+    arrays, facts = source.export_state()
+    target.import_state(arrays, facts)
+    assert target.audit() == []
+    assert torch.equal(source.sample(32).handles, target.sample(32).handles)
+    again = type(target)._attach_to(target._place, os.dup(target._descriptor()), None)
+    assert again._options()["seed"] == 2**64 - 1
+    assert torch.equal(source.sample(32).handles, again.sample(32).handles)
+
+
 def test_a_state_that_does_not_fit_is_refused():
     source = filled()
     arrays, facts = source.export_state()
@@ -427,10 +442,10 @@ def test_a_state_that_does_not_fit_is_refused():
         target.import_state({**arrays, "records": arrays["records"][:-1]}, facts)
     with pytest.raises(ValueError, match="index"):
         target.import_state({**arrays, "index": arrays["index"][:-8]}, facts)
-    broken = arrays["index"].copy()
+    broken = arrays["header"].copy()
     broken[0] ^= 1
     with pytest.raises(ValueError, match="magic"):
-        target.import_state({**arrays, "index": broken}, facts)
+        target.import_state({**arrays, "header": broken}, facts)
     assert len(target) == 0
 
 

@@ -24,6 +24,7 @@
 #include "bindings/bindings.h"
 #include "bindings/draw.h"
 #include "bindings/prefetch.h"
+#include "bindings/replay_state.h"
 #include "bindings/row_reader.h"
 
 namespace py = pybind11;
@@ -345,40 +346,18 @@ class PyReplay {
     return out;
   }
 
-  // The used parts of the segment as views of its bytes: no copy, and only meaningful while nothing else runs.
-  static py::typing::Dict<py::str, py::array_t<uint8_t>> parts(const py::object& self) {
-    const auto& me = self.cast<const PyReplay&>();
-    const SegmentLayout& layout = me.replay_->layout();
-    const auto view = [&](uint64_t from, uint64_t to) {
-      return py::array_t<uint8_t>(static_cast<py::ssize_t>(to - from), me.replay_->segment() + from, self);
-    };
-    py::typing::Dict<py::str, py::array_t<uint8_t>> out;
-    out["index"] = view(0, layout.records_at);
-    const uint64_t used = std::min(me.replay_->next_ticket(), layout.capacity);
-    out["records"] = view(layout.records_at, layout.records_at + used * layout.record_bytes);
-    return out;
+  // The state's parts, of `slots` records or of those in use.
+  static StateParts parts(const py::object& self, std::optional<uint64_t> slots) {
+    const Replay& replay = *self.cast<const PyReplay&>().replay_;
+    return state_parts(replay, slots.value_or(std::min(replay.next_ticket(), replay.capacity())), self);
   }
-
-  void restore(const py::array_t<uint8_t, py::array::c_style>& index,
-               const py::array_t<uint8_t, py::array::c_style>& records) {
-    const SegmentLayout& layout = replay_->layout();
-    const auto index_bytes = static_cast<uint64_t>(index.size()), record_bytes = static_cast<uint64_t>(records.size());
-    if (index_bytes != layout.records_at) {
-      throw std::invalid_argument("the saved replay's index has " + std::to_string(index_bytes) +
-                                  " bytes; it must have " + std::to_string(layout.records_at));
-    }
-    const auto& saved = *reinterpret_cast<const SegmentHeader*>(index.data());
-    replay_->check_header(saved);
-    const uint64_t rows = std::min<uint64_t>(saved.next_ticket, replay_->capacity());
-    if (record_bytes != rows * layout.record_bytes) {
-      throw std::invalid_argument("the saved replay's records have " + std::to_string(record_bytes) + " bytes; its " +
-                                  std::to_string(rows) + " rows need " + std::to_string(rows * layout.record_bytes));
-    }
-    std::memcpy(replay_->segment(), index.data(), index_bytes);
-    std::memcpy(replay_->segment() + layout.records_at, records.data(), record_bytes);
+  void adopt(const StateBytes& header, uint64_t slots) { adopt_state(*replay_, header, slots); }
+  void restore(const StateBytes& header, const StateBytes& index, const StateBytes& records) {
+    restore_state(*replay_, header, index, records);
   }
 
   uint64_t size() const { return replay_->size(); }
+  uint64_t next_ticket() const { return replay_->next_ticket(); }
   uint64_t capacity() const { return replay_->capacity(); }
   uint64_t bytes() const { return replay_->bytes(); }
   size_t pooled_bytes() const { return maker_->pool().free_bytes(); }
@@ -498,13 +477,17 @@ void bind_replay(py::module_& m) {
       .def("repair", &PyReplay::repair)
       .def("rows", &PyReplay::rows, py::arg("first"), py::arg("n"))
       .def("weights", &PyReplay::weights)
-      .def("parts", [](const py::object& self) { return PyReplay::parts(self); })
-      .def("restore", &PyReplay::restore, py::arg("index"), py::arg("records"))
+      .def(
+          "parts", [](const py::object& self, std::optional<uint64_t> slots) { return PyReplay::parts(self, slots); },
+          py::arg("slots") = py::none())
+      .def("adopt", &PyReplay::adopt, py::arg("header"), py::arg("slots"))
+      .def("restore", &PyReplay::restore, py::arg("header"), py::arg("index"), py::arg("records"))
       .def("sums_are_exact", &PyReplay::sums_are_exact)
       .def("default_weight", &PyReplay::default_weight)
       .def_property_readonly("descriptor", &PyReplay::descriptor)
       .def_property_readonly("stack", &PyReplay::stack)
       .def_property_readonly("size", &PyReplay::size)
+      .def_property_readonly("next_ticket", &PyReplay::next_ticket)
       .def_property_readonly("capacity", &PyReplay::capacity)
       .def_property_readonly("nbytes", &PyReplay::bytes)
       .def_property_readonly("pooled_bytes", &PyReplay::pooled_bytes)

@@ -552,10 +552,10 @@ class ReplayBuffer:
         for name in ("fields", "capacity", "prioritized", "share_successors", "frame_stack"):
             if facts.get(name) != own[name]:
                 raise ValueError(f"the saved replay's {name} is {facts.get(name)}; this buffer's is {own[name]}")
-        for name in ("index", "records"):
+        for name in ("header", "index", "records"):
             if name not in arrays:
                 raise ValueError(f"the saved replay lacks the array {name!r}")
-        self._core.restore(np.ascontiguousarray(arrays["index"]), np.ascontiguousarray(arrays["records"]))
+        self._core.restore(**{name: np.ascontiguousarray(arrays[name]) for name in ("header", "index", "records")})
 
 
 sharing.allow_multiprocessing(ReplayBuffer)
