@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from angle_rl import _core
-from angle_rl.replay import sharing
+from angle_rl.replay import export, saving, sharing
 from angle_rl.replay.arrays import (
     as_array,
     as_priorities,
@@ -556,6 +556,13 @@ class ReplayBuffer:
             if name not in arrays:
                 raise ValueError(f"the saved replay lacks the array {name!r}")
         self._core.restore(**{name: np.ascontiguousarray(arrays[name]) for name in ("header", "index", "records")})
+
+    save = saving.save
+    load = classmethod(saving.load)
+    export_arrays = export.export_arrays
+    insert_arrays = export.insert_arrays
+    save_npz = export.save_npz
+    insert_npz = export.insert_npz
 
 
 sharing.allow_multiprocessing(ReplayBuffer)
