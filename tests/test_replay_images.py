@@ -49,7 +49,8 @@ class Recorder:
             np.arange(n),
         )
         self.time += n
-        handles = next(buffer.insert(*arguments) for buffer in self.buffers)
+        every = [buffer.insert(*arguments) for buffer in self.buffers]
+        handles = every[0]
         for i, (before, after) in enumerate(pairs):
             row = Row(i, key(before), key(after), float(actions[i] % 32), bool(terminated[i]), bool(truncated[i]))
             self.history.add(int(handles[i]), row)
@@ -126,8 +127,9 @@ def test_rows_stay_right_on_a_small_ring(kind, stack, shape, options, capacity):
         try:
             batch = buffer.sample(16, n_step=1 + turn % 5)
         except ValueError as error:
-            assert "positive weight" in str(error)  # nothing but observations and rows whose frames are gone
-            continue
+            if "positive weight" not in str(error):
+                raise
+            continue  # nothing but observations and rows whose frames are gone
         drawn += 1
         recorder.check(batch, 1 + turn % 5)
     assert drawn > 60 or capacity == 2

@@ -222,7 +222,7 @@ struct ReplayT<Access>::Truth {
 template <class Access>
 bool ReplayT<Access>::is_complete(uint64_t slot) const {
   if (!shares()) return true;
-  const uint64_t lap = word_at(slot, RecordLayout::kLapAndStream).load(std::memory_order_acquire) >> 16;
+  const uint64_t lap = RecordHead::lap(word_at(slot, RecordLayout::kHead).load(std::memory_order_acquire));
   const Place next = place_of(word_at(slot, RecordLayout::kNext).load(std::memory_order_acquire));
   if (!has_lap(next)) return false;
   for (Place at : {Place{ticket_of(slot, lap), slot, lap}, next}) {
@@ -327,6 +327,10 @@ uint64_t ReplayT<Access>::repair() {
     const Word<uint64_t> leaf = tree_.leaf(slot);
     const uint64_t found = leaf.load(std::memory_order_acquire);
     if (code.state(found) == LeafCode::kBusy) {
+      // Whatever its writer came to, it is an observation at most: windows of n steps end before it.
+      const Word<uint64_t> head = word_at(slot, RecordLayout::kHead);
+      head.store(RecordHead::without(head.load(std::memory_order_relaxed), RecordHead::kRow),
+                 std::memory_order_release);
       leaf.store(code.make(code.lap(found), LeafCode::kHeld, 0), std::memory_order_release);
       ++mended;
     }
@@ -335,10 +339,9 @@ uint64_t ReplayT<Access>::repair() {
     const Word<uint64_t> leaf = tree_.leaf(slot);
     const uint64_t found = leaf.load(std::memory_order_acquire);
     if (code.is_row(found) && code.weight(found) != 0 && !is_complete(slot)) {
-      const uint64_t lap = word_at(slot, RecordLayout::kLapAndStream).load(std::memory_order_acquire) >> 16;
-      set_priority({ticket_of(slot, lap), slot, lap}, -1.0f);
-    }
-    if (weight_is_off(slot, found, map, &due)) {
+      leaf.store(code.make(code.lap(found), LeafCode::kHeld, 0), std::memory_order_release);
+      ++mended;
+    } else if (weight_is_off(slot, found, map, &due)) {
       leaf.store(code.make(code.lap(found), code.state(found), due), std::memory_order_release);
       ++mended;
     }

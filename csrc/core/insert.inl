@@ -170,8 +170,7 @@ void ReplayT<Access>::link(const Place& previous, uint64_t ticket) {
 
 // What a row about to be published weighs.
 template <class Access>
-typename ReplayT<Access>::RowWeight ReplayT<Access>::weigh(Writer& writer, const InsertRows& rows,
-                                                           size_t row) const {
+typename ReplayT<Access>::RowWeight ReplayT<Access>::weigh(Writer& writer, const InsertRows& rows, size_t row) const {
   if (rows.priorities == nullptr || !prioritized()) {
     return {writer.standard.priority, writer.standard.weight, false};
   }

@@ -66,6 +66,7 @@ struct RecordHead {
   static uint64_t lap(uint64_t head) { return head >> 20; }
   static uint64_t stream(uint64_t head) { return head & 0xFFFF; }
   static bool has(uint64_t head, uint64_t flags) { return (head >> 16 & flags) != 0; }
+  static uint64_t without(uint64_t head, uint64_t flags) { return head & ~(flags << 16); }
 };
 
 // The priority that a row's weight follows: float32 << 32 | lap's low 32 bits. Whoever updates a row stores it
