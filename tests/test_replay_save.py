@@ -130,7 +130,7 @@ def test_a_schedule_is_set_anew(tmp_path):
     source = filled(importance_exponent=lambda inserted: 0.5)
     source.save(tmp_path / "a")
     loaded = PrioritizedReplayBuffer.load(tmp_path / "a")
-    with pytest.raises(ValueError, match="importance_exponent was a schedule"):
+    with pytest.raises(ValueError, match="importance_exponent is a schedule"):
         loaded.sample(3)
     loaded.save(tmp_path / "b")
     again = PrioritizedReplayBuffer.load(tmp_path / "b")
