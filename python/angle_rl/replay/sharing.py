@@ -9,10 +9,8 @@ from contextlib import contextmanager, suppress
 from multiprocessing import reduction, util
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
-import numpy as np
-
 from angle_rl import _core
-from angle_rl.schema import Field, Schema
+from angle_rl.schema import Schema, from_json, to_json
 
 FORMAT = 1  # of the description; a segment with another one is refused
 
@@ -83,19 +81,11 @@ def portable(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe(schema: Schema, prioritized: bool, options: Mapping[str, Any]) -> str:
     """A buffer as JSON text, with its :func:`portable` options."""
-
-    def fields(of: tuple[Field, ...]) -> list[list[Any]]:
-        return [[f.name, list(f.shape), f.dtype.str] for f in of]
-
     return json.dumps(
         {
             "format": FORMAT,
             "prioritized": prioritized,
-            "observations": fields(schema.observations),
-            "actions": fields(schema.actions),
-            "rewards": fields((schema.rewards,)),
-            "observation_structure": schema.observation_structure,
-            "action_structure": schema.action_structure,
+            "schema": to_json(schema),
             "options": portable(options),
         },
         allow_nan=False,
@@ -119,32 +109,9 @@ def understand(text: str, prioritized: bool) -> tuple[Schema, dict[str, Any]]:
         if found["prioritized"] != prioritized:
             own, other = ("PrioritizedReplayBuffer", "ReplayBuffer")[:: 1 if prioritized else -1]
             raise ValueError(f"the buffer is a {other}; attach to it with {other}.attach, not {own}.attach")
-        schema = Schema(
-            _fields(found["observations"]),
-            _fields(found["actions"]),
-            _fields(found["rewards"])[0],
-            _structure(found["observation_structure"]),
-            _structure(found["action_structure"]),
-        )
-        return schema, dict(found["options"])
+        return from_json(found["schema"]), dict(found["options"])
     except (LookupError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"the buffer's description cannot be read: {error!r}") from None
-
-
-def _fields(described: list[Any]) -> tuple[Field, ...]:
-    fields = tuple(Field(str(name), tuple(int(n) for n in shape), np.dtype(dtype)) for name, shape, dtype in described)
-    for f in fields:
-        if f.dtype.hasobject or any(length < 1 for length in f.shape):
-            raise ValueError(f"the buffer's description gives {f.name} the shape {f.shape} and the dtype {f.dtype}")
-    return fields
-
-
-def _structure(described: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
-    if described is None:
-        return None
-    keys, members = described
-    return (keys if isinstance(keys, int) else tuple(keys), tuple(_structure(member) for member in members))
 
 
 @contextmanager
