@@ -11,6 +11,7 @@ import torch
 from replay_rows import SCHEMA, filled, rows
 
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer, ReplayFileError, export
+from angle_rl.schema import make_schema
 
 KINDS = pytest.mark.parametrize("kind", [ReplayBuffer, PrioritizedReplayBuffer])
 NESTED = gym.spaces.Dict(
@@ -95,6 +96,23 @@ def test_removed_rows_are_left_out():
     arrays = buffer.export_arrays()
     assert arrays["handles"].tolist() == sorted(set(range(100)) - {0, 7, 99})
     np.testing.assert_array_equal(arrays["rewards"], arrays["handles"])
+
+
+def test_a_row_that_a_later_lap_left_standing_comes_first():
+    """Ticket 5 was given up, since the slot of ticket 1 was being written."""
+    handles = np.asarray([4, 1, 2, 3])
+
+    class Core:
+        next_ticket, capacity = 6, 4
+
+        def rows(self, first, n):
+            found = handles[first : first + n]
+            none = np.zeros(len(found), bool)
+            return [found, found, found, found, found, found, none, none, found]
+
+    schema = make_schema({name: ((), np.int64) for name in ("observations", "actions")})
+    arrays = export._rows(Core(), schema)
+    assert arrays["handles"].tolist() == arrays["rewards"].tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("capacity", [30, 200])

@@ -86,10 +86,9 @@ def _rows(core: _core.Replay, schema: Schema) -> dict[str, Array]:
     for first, end in ((oldest, slots), (0, oldest)):
         for start in range(first, end, _CHUNK):
             found = core.rows(start, min(_CHUNK, end - start))
-            kept = found[-1] >= 0  # a removed row's priority is negative
-            count = int(kept.sum())
+            count = len(found[-1])  # a slot may hold no row, or one that was removed
             for array, values in zip(arrays.values(), found, strict=True):
-                array[done : done + count] = values[kept]
+                array[done : done + count] = values
             done += count
     arrays = {name: array[:done] for name, array in arrays.items()}
     if (np.diff(arrays["handles"]) < 0).any():  # a slot may hold a row of the lap before
