@@ -6,14 +6,20 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES = {
+    section.split("\n")[0]: examples
+    for section in README.split("\n## ")
+    if (examples := re.findall(r"```python\n(.*?)```", section, re.DOTALL))
+}
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.split("\n")[0])
-def test_an_example_runs(example, tmp_path, monkeypatch):
+@pytest.mark.parametrize("section", EXAMPLES)
+def test_the_examples_of_a_section_run_one_after_the_other(section, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # A thousand steps show that it trains; the figure in the README takes a minute.
-    exec(compile(example.replace("steps=5000", "steps=1200"), "README.md", "exec"), {"__name__": "__main__"})
+    names = {"__name__": "__main__"}
+    for example in EXAMPLES[section]:
+        # A thousand steps show that it trains; the figure in the README takes a minute.
+        exec(compile(example.replace("steps=5000", "steps=1200"), "README.md", "exec"), names)
 
 
 @pytest.mark.parametrize("end", ["angle train", "pytest"])
@@ -22,4 +28,5 @@ def test_each_of_the_two_lines_is_there_once(end):
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) >= 3
+    assert set(EXAMPLES) >= {"Train", "Replay alone", "Fused operations"}
+    assert len(EXAMPLES["Replay alone"]) >= 10
