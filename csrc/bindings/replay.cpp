@@ -24,6 +24,7 @@
 #include "bindings/bindings.h"
 #include "bindings/draw.h"
 #include "bindings/prefetch.h"
+#include "bindings/race.h"
 #include "bindings/replay_state.h"
 #include "bindings/row_reader.h"
 
@@ -438,6 +439,7 @@ class PyPrefetch {
 
 void bind_replay(py::module_& m) {
   m.attr("MAX_STREAMS") = kStreams;
+  bind_race(m);
   py::register_exception_translator([](std::exception_ptr thrown) {
     try {
       if (thrown) std::rethrow_exception(thrown);
@@ -486,6 +488,9 @@ void bind_replay(py::module_& m) {
       .def("default_weight", &PyReplay::default_weight)
       .def_property_readonly("descriptor", &PyReplay::descriptor)
       .def_property_readonly("stack", &PyReplay::stack)
+      .def(
+          "race", [](PyReplay& self, const RaceOptions& options) { return race_for_python(*self.replay(), options); },
+          py::arg("options"), "Lets native threads loose on the buffer; see RaceOptions.")
       .def_property_readonly("size", &PyReplay::size)
       .def_property_readonly("next_ticket", &PyReplay::next_ticket)
       .def_property_readonly("capacity", &PyReplay::capacity)

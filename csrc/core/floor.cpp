@@ -1,5 +1,6 @@
 #include "core/floor.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <stdexcept>
@@ -9,8 +10,6 @@ namespace {
 
 constexpr size_t kSource = 1024;         // distinct rows to insert
 constexpr size_t kUpdateRows = 1 << 16;  // random rows that `update` walks through
-constexpr size_t kNext = 17 + 6 + 1;     // first float of the next observation in a record
-constexpr size_t kFlag = kNext + 17;     // the discount's place
 
 inline void prefetch(const void* address) { __builtin_prefetch(address); }
 
@@ -18,7 +17,7 @@ void require(bool good, const char* message) {
   if (!good) throw std::invalid_argument(message);
 }
 
-constexpr size_t kTop = ReplayFloor::kLow * ReplayFloor::kMiddle * ReplayFloor::kHigh;  // leaves under a top node
+constexpr size_t kTop = ReplayFloor::kLow * ReplayFloor::kMiddle * ReplayFloor::kHigh;  // leaves under 16 middle sums
 constexpr size_t kLanes = 8;                                                            // draws searched side by side
 
 size_t checked(size_t capacity) {
@@ -27,7 +26,22 @@ size_t checked(size_t capacity) {
   return capacity;
 }
 
-size_t tops(size_t capacity) { return (capacity + kTop - 1) / kTop; }
+// Groups of kTop leaves, as many as the levels above want: whole groups of 16 where there are such levels.
+size_t tops(size_t capacity) {
+  size_t nodes = (capacity + kTop - 1) / kTop, whole = 1;
+  while (nodes > ReplayFloor::kMaxTop) {
+    nodes = (nodes + ReplayFloor::kHigh - 1) / ReplayFloor::kHigh;
+    whole *= ReplayFloor::kHigh;
+  }
+  return nodes * whole;
+}
+
+uint64_t split_mix(uint64_t& state) {  // SplitMix64 (Steele, Lea and Flood, 2014)
+  uint64_t z = state += 0x9E3779B97F4A7C15ull;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
 
 class Stopwatch {
  public:
@@ -69,14 +83,17 @@ inline size_t descend(const int64_t* group, int64_t& target) {
 
 }  // namespace
 
-ReplayFloor::ReplayFloor(size_t capacity, uint64_t seed)
+template <size_t Observation, size_t Action>
+ReplayFloorT<Observation, Action>::ReplayFloorT(size_t capacity, uint64_t seed)
     : capacity_(checked(capacity)),
       state_(seed),
       records_(capacity * kRecord),
       leaves_(tops(capacity) * kHigh * kMiddle * kLow),
       low_(tops(capacity) * kHigh * kMiddle),
-      middle_(tops(capacity) * kHigh),
-      top_(tops(capacity), 0) {
+      middle_(tops(capacity) * kHigh) {
+  size_t nodes = tops(capacity);
+  for (; nodes > kMaxTop; nodes /= kHigh) upper_.emplace_back(nodes);
+  top_.assign(nodes, 0);
   source_.resize(kSource * kRecord);
   search_ = 1;
   while (search_ * 2 <= top_.size()) search_ *= 2;
@@ -97,22 +114,27 @@ ReplayFloor::ReplayFloor(size_t capacity, uint64_t seed)
   }
 }
 
-uint64_t ReplayFloor::random() {  // SplitMix64 (Steele, Lea and Flood, 2014)
-  uint64_t z = state_ += 0x9E3779B97F4A7C15ull;
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-  return z ^ (z >> 31);
+template <size_t Observation, size_t Action>
+uint64_t ReplayFloorT<Observation, Action>::random() {
+  return split_mix(state_);
 }
 
-inline void ReplayFloor::set_weight(size_t row, int64_t weight) {
+template <size_t Observation, size_t Action>
+inline void ReplayFloorT<Observation, Action>::set_weight(size_t row, int64_t weight) {
   const int64_t delta = weight - leaves_[row];
   leaves_[row] = weight;
   low_[row / kLow] += delta;
   middle_[row / (kLow * kMiddle)] += delta;
-  top_[row / kTop] += delta;
+  size_t node = row / kTop;
+  for (Pages<int64_t>& sums : upper_) {
+    sums[node] += delta;
+    node /= kHigh;
+  }
+  top_[node] += delta;
 }
 
-void ReplayFloor::insert_once(size_t rows) {
+template <size_t Observation, size_t Action>
+void ReplayFloorT<Observation, Action>::insert_once(size_t rows) {
   for (size_t i = 0; i < rows; ++i) {
     std::memcpy(records_.data() + next_ * kRecord, source_.data() + (next_ % kSource) * kRecord, kRecord);
     set_weight(next_, int64_t{1} << 20);
@@ -120,7 +142,8 @@ void ReplayFloor::insert_once(size_t rows) {
   }
 }
 
-void ReplayFloor::resize_outputs(size_t batch) {
+template <size_t Observation, size_t Action>
+void ReplayFloorT<Observation, Action>::resize_outputs(size_t batch) {
   const size_t rounded = (batch + kLanes - 1) / kLanes * kLanes;
   batch_ = batch;
   indices_.resize(rounded);
@@ -133,7 +156,8 @@ void ReplayFloor::resize_outputs(size_t batch) {
 }
 
 // Level by level over the whole batch, so that each level's misses overlap.
-void ReplayFloor::draw(size_t batch) {
+template <size_t Observation, size_t Action>
+void ReplayFloorT<Observation, Action>::draw(size_t batch) {
   int64_t sum = 0;
   const size_t tops = top_.size();
   for (size_t i = 0; i < tops; ++i) {
@@ -157,7 +181,17 @@ void ReplayFloor::draw(size_t batch) {
     for (size_t lane = 0; lane < kLanes; ++lane) {
       indices_[i + lane] = static_cast<uint32_t>(node[lane]);
       remainders_[i + lane] = target[lane] - prefix_[node[lane]];
-      const int64_t* group = middle_.data() + node[lane] * kHigh;
+      const int64_t* group = (upper_.empty() ? middle_ : upper_.back()).data() + node[lane] * kHigh;
+      for (size_t line = 0; line < kHigh; line += 8) prefetch(group + line);
+    }
+  }
+  for (size_t level = upper_.size(); level-- > 0;) {
+    const Pages<int64_t>& below = level == 0 ? middle_ : upper_[level - 1];
+    for (size_t i = 0; i < batch; ++i) {
+      const size_t first = indices_[i] * kHigh;
+      const size_t node = first + descend<kHigh>(upper_[level].data() + first, remainders_[i]);
+      indices_[i] = static_cast<uint32_t>(node);
+      const int64_t* group = below.data() + node * kHigh;
       for (size_t line = 0; line < kHigh; line += 8) prefetch(group + line);
     }
   }
@@ -182,7 +216,10 @@ void ReplayFloor::draw(size_t batch) {
   }
 }
 
-void ReplayFloor::gather(size_t batch) {
+template <size_t Observation, size_t Action>
+void ReplayFloorT<Observation, Action>::gather(size_t batch) {
+  constexpr size_t kNext = kObservation + kAction + 1;  // first float of the next observation in a record
+  constexpr size_t kFlag = kNext + kObservation;        // the discount's place
   for (size_t i = 0; i < batch; ++i) {
     const unsigned char* record = records_.data() + indices_[i] * kRecord;
     const auto field = [record](size_t first) { return record + first * sizeof(float); };
@@ -194,14 +231,16 @@ void ReplayFloor::gather(size_t batch) {
   }
 }
 
-double ReplayFloor::insert(size_t rows, size_t iterations) {
+template <size_t Observation, size_t Action>
+double ReplayFloorT<Observation, Action>::insert(size_t rows, size_t iterations) {
   require(rows > 0 && iterations > 0, "rows and iterations must be at least 1");
   const Stopwatch watch;
   for (size_t i = 0; i < iterations; ++i) insert_once(rows);
   return watch.seconds();
 }
 
-double ReplayFloor::sample(size_t batch, size_t iterations) {
+template <size_t Observation, size_t Action>
+double ReplayFloorT<Observation, Action>::sample(size_t batch, size_t iterations) {
   require(batch > 0 && iterations > 0, "batch and iterations must be at least 1");
   resize_outputs(batch);
   const Stopwatch watch;
@@ -212,7 +251,8 @@ double ReplayFloor::sample(size_t batch, size_t iterations) {
   return watch.seconds();
 }
 
-double ReplayFloor::uniform_sample(size_t batch, size_t iterations) {
+template <size_t Observation, size_t Action>
+double ReplayFloorT<Observation, Action>::uniform_sample(size_t batch, size_t iterations) {
   require(batch > 0 && iterations > 0, "batch and iterations must be at least 1");
   resize_outputs(batch);
   const Stopwatch watch;
@@ -227,7 +267,8 @@ double ReplayFloor::uniform_sample(size_t batch, size_t iterations) {
   return watch.seconds();
 }
 
-double ReplayFloor::update(size_t batch, size_t iterations) {
+template <size_t Observation, size_t Action>
+double ReplayFloorT<Observation, Action>::update(size_t batch, size_t iterations) {
   require(batch > 0 && iterations > 0, "batch and iterations must be at least 1");
   require(batch <= kUpdateRows, "batch is larger than 65536");
   const Stopwatch watch;
@@ -243,13 +284,14 @@ double ReplayFloor::update(size_t batch, size_t iterations) {
   return watch.seconds();
 }
 
-double ReplayFloor::cycle(size_t batch, size_t iterations) {
+template <size_t Observation, size_t Action>
+double ReplayFloorT<Observation, Action>::learning(size_t batch, size_t iterations, size_t inserts) {
   require(batch > 0 && iterations > 0, "batch and iterations must be at least 1");
   require(batch <= kUpdateRows, "batch is larger than 65536");
   resize_outputs(batch);
   const Stopwatch watch;
   for (size_t i = 0; i < iterations; ++i) {
-    insert_once(1);
+    insert_once(inserts);
     draw(batch);
     gather(batch);
     for (size_t k = 0; k < batch; ++k) set_weight(indices_[k], new_weights_[k]);
@@ -257,22 +299,36 @@ double ReplayFloor::cycle(size_t batch, size_t iterations) {
   return watch.seconds();
 }
 
-size_t ReplayFloor::checked_row(size_t row) const {
+template <size_t Observation, size_t Action>
+double ReplayFloorT<Observation, Action>::learn(size_t batch, size_t iterations) {
+  return learning(batch, iterations, 0);
+}
+
+template <size_t Observation, size_t Action>
+double ReplayFloorT<Observation, Action>::cycle(size_t batch, size_t iterations) {
+  return learning(batch, iterations, 1);
+}
+
+template <size_t Observation, size_t Action>
+size_t ReplayFloorT<Observation, Action>::checked_row(size_t row) const {
   require(row < capacity_, "row lies beyond the capacity");
   return row;
 }
 
-const float* ReplayFloor::record(size_t row) const {
+template <size_t Observation, size_t Action>
+const float* ReplayFloorT<Observation, Action>::record(size_t row) const {
   return reinterpret_cast<const float*>(records_.data() + checked_row(row) * kRecord);
 }
 
-int64_t ReplayFloor::total() const {
+template <size_t Observation, size_t Action>
+int64_t ReplayFloorT<Observation, Action>::total() const {
   int64_t sum = 0;
   for (const int64_t value : top_) sum += value;
   return sum;
 }
 
-bool ReplayFloor::sums_agree() const {
+template <size_t Observation, size_t Action>
+bool ReplayFloorT<Observation, Action>::sums_agree() const {
   const auto agree = [](const int64_t* children, size_t width, const int64_t* sums, size_t nodes) {
     for (size_t node = 0; node < nodes; ++node) {
       int64_t sum = 0;
@@ -281,9 +337,52 @@ bool ReplayFloor::sums_agree() const {
     }
     return true;
   };
+  const Pages<int64_t>* below = &middle_;
+  for (const Pages<int64_t>& sums : upper_) {
+    if (!agree(below->data(), kHigh, sums.data(), sums.size())) return false;
+    below = &sums;
+  }
   return agree(leaves_.data(), kLow, low_.data(), low_.size()) &&
          agree(low_.data(), kMiddle, middle_.data(), middle_.size()) &&
-         agree(middle_.data(), kHigh, top_.data(), top_.size());
+         agree(below->data(), kHigh, top_.data(), top_.size());
+}
+
+template class ReplayFloorT<17, 6>;
+template class ReplayFloorT<3, 1>;
+
+CopyFloor::CopyFloor(size_t rows, size_t half_bytes)
+    : rows_(checked(rows)), half_bytes_(half_bytes), records_(rows * 2 * std::max<size_t>(half_bytes, 1)) {
+  require(half_bytes > 0, "half_bytes is 0; it must be at least 1");
+  for (size_t row = 0; row < rows; ++row) {
+    std::memset(records_.data() + 2 * row * half_bytes, static_cast<int>(row % 251), 2 * half_bytes);
+  }
+}
+
+double CopyFloor::sample(size_t batch, size_t iterations) {
+  require(batch > 0 && iterations > 0, "batch and iterations must be at least 1");
+  first_.resize(batch * half_bytes_);
+  second_.resize(batch * half_bytes_);
+  drawn_.resize(batch);
+  const Stopwatch watch;
+  for (size_t i = 0; i < iterations; ++i) {
+    for (size_t& row : drawn_) row = (split_mix(state_) >> 32) * rows_ >> 32;
+    for (size_t k = 0; k < batch; ++k) {
+      const unsigned char* const from = records_.data() + 2 * drawn_[k] * half_bytes_;
+      std::memcpy(first_.data() + k * half_bytes_, from, half_bytes_);
+      std::memcpy(second_.data() + k * half_bytes_, from + half_bytes_, half_bytes_);
+    }
+  }
+  return watch.seconds();
+}
+
+bool CopyFloor::copies_agree() const {
+  for (size_t k = 0; k < drawn_.size(); ++k) {
+    for (const std::vector<unsigned char>* copies : {&first_, &second_}) {
+      const unsigned char* const copy = copies->data() + k * half_bytes_;
+      if (copy[0] != drawn_[k] % 251 || copy[half_bytes_ - 1] != drawn_[k] % 251) return false;
+    }
+  }
+  return true;
 }
 
 }  // namespace angle

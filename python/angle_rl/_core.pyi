@@ -7,7 +7,13 @@ import numpy
 import numpy.typing
 import typing
 import typing_extensions
-__all__: list[str] = ['MAX_STREAMS', 'Prefetch', 'Replay', 'ReplayFloor', 'Segment', 'available_isas', 'has_cuda_compiler', 'isa', 'philox_normal_f32', 'philox_normal_f64', 'philox_split', 'philox_uniform', 'squashed_gaussian_f32', 'squashed_gaussian_f64', 'squashed_gaussian_gradient_f32', 'squashed_gaussian_gradient_f64', 'twin_q_loss_f32', 'twin_q_loss_f64', 'twin_q_target_f32', 'twin_q_target_f64', 'update_targets_f32', 'update_targets_f64']
+__all__: list[str] = ['CopyFloor', 'MAX_STREAMS', 'Prefetch', 'RaceOptions', 'Replay', 'ReplayFloor', 'Segment', 'SmallReplayFloor', 'available_isas', 'has_cuda_compiler', 'isa', 'philox_normal_f32', 'philox_normal_f64', 'philox_split', 'philox_uniform', 'squashed_gaussian_f32', 'squashed_gaussian_f64', 'squashed_gaussian_gradient_f32', 'squashed_gaussian_gradient_f64', 'twin_q_loss_f32', 'twin_q_loss_f64', 'twin_q_target_f32', 'twin_q_target_f64', 'update_targets_f32', 'update_targets_f64']
+class RaceOptions:
+    """
+    Threads of Replay.race: `inserters` insert row after row, `learners` sample `batch` rows and update their priorities, for `seconds`; every `check_every`-th batch is checked. The rows are HalfCheetah's, numbered from `first_row`; the inserters' streams from `first_stream`.
+    """
+    def __init__(self, *, inserters: typing.SupportsInt | typing.SupportsIndex = 1, learners: typing.SupportsInt | typing.SupportsIndex = 1, batch: typing.SupportsInt | typing.SupportsIndex = 256, seconds: typing.SupportsFloat | typing.SupportsIndex = 1.0, first_row: typing.SupportsInt | typing.SupportsIndex = 0, first_stream: typing.SupportsInt | typing.SupportsIndex = 0, check_every: typing.SupportsInt | typing.SupportsIndex = 256) -> None:
+        ...
 class Segment:
     """
     Memory that another process made a replay in.
@@ -46,6 +52,10 @@ class Replay:
         ...
     def priority_exponent(self) -> float:
         ...
+    def race(self, options: RaceOptions) -> dict[str, typing.Any]:
+        """
+        Lets native threads loose on the buffer; see RaceOptions.
+        """
     def remove(self, handles: typing.SupportsInt | typing.SupportsIndex, n: typing.SupportsInt | typing.SupportsIndex) -> int:
         ...
     def repair(self) -> int:
@@ -118,6 +128,8 @@ class ReplayFloor:
         """
     def insert(self, rows: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
         ...
+    def learn(self, batch: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
+        ...
     def observations(self) -> numpy.typing.NDArray[numpy.float32]:
         """
         float32 observations of the last sample, one row after another.
@@ -144,6 +156,60 @@ class ReplayFloor:
         """
         Weight of a row.
         """
+class SmallReplayFloor:
+    """
+    The same with rows of 32 bytes.
+    """
+    def __init__(self, capacity: typing.SupportsInt | typing.SupportsIndex, seed: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+        ...
+    def cycle(self, batch: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
+        ...
+    def indices(self) -> numpy.typing.NDArray[numpy.uint32]:
+        """
+        uint32 rows of the last sample.
+        """
+    def insert(self, rows: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
+        ...
+    def learn(self, batch: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
+        ...
+    def observations(self) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        float32 observations of the last sample, one row after another.
+        """
+    def record(self, row: typing.SupportsInt | typing.SupportsIndex) -> float:
+        """
+        First number of a stored observation.
+        """
+    def sample(self, batch: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
+        ...
+    def sums_agree(self) -> bool:
+        """
+        Whether every sum is its children's.
+        """
+    def total(self) -> int:
+        """
+        Sum of the weights.
+        """
+    def uniform_sample(self, batch: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
+        ...
+    def update(self, batch: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
+        ...
+    def weight(self, row: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Weight of a row.
+        """
+class CopyFloor:
+    """
+    The floor under large rows: copies of random rows into two arrays.
+    """
+    def __init__(self, rows: typing.SupportsInt | typing.SupportsIndex, half_bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def copies_agree(self) -> bool:
+        """
+        Whether the last copies are the rows that were drawn.
+        """
+    def sample(self, batch: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
+        ...
 def available_isas() -> list[str]:
     """
     Names of the instruction sets that this machine can run.
