@@ -13,17 +13,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from angle_rl.bench.rows import ACTION, OBSERVATION, Rows, Sampled
+from angle_rl.bench.rows import HALFCHEETAH, Rows, Sampled, Shape
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
 
 
 class Library(Protocol):
-    """One replay buffer under test, empty when it is made with ``(capacity)``."""
+    """One replay buffer under test, empty when it is made with ``(capacity, shape)``."""
 
     name: str  # the library's name in the table
     prioritized: bool  # whether it draws by priority and takes new ones
     gives: str  # what sampling returns: "torch", "numpy" or "jax"
     exponent: float  # priority exponent: a row's weight is its td error to this power
+    shape: Shape  # what its rows hold
 
     def ready_row(self, rows: Rows, index: int) -> Any:
         """One row in the form that ``insert`` takes."""
@@ -56,11 +57,17 @@ class Library(Protocol):
         """A sampled batch as NumPy arrays."""
 
 
-def spaces() -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
-    """HalfCheetah's observation and action spaces, in float32."""
+class Kind(Protocol):
+    """Makes an empty library."""
+
+    def __call__(self, capacity: int, shape: Shape = HALFCHEETAH) -> Library: ...
+
+
+def spaces(shape: Shape = HALFCHEETAH) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
+    """Observation and action spaces of such rows, in float32."""
     return (
-        gymnasium.spaces.Box(-np.inf, np.inf, (OBSERVATION,), np.float32),
-        gymnasium.spaces.Box(-1.0, 1.0, (ACTION,), np.float32),
+        gymnasium.spaces.Box(-np.inf, np.inf, (shape.observation,), np.float32),
+        gymnasium.spaces.Box(-1.0, 1.0, (shape.action,), np.float32),
     )
 
 
@@ -72,12 +79,22 @@ class Angle:
     gives = "torch"
     exponent = 0.6
 
-    def __init__(self, capacity: int) -> None:
-        observation_space, action_space = spaces()
+    def __init__(self, capacity: int, shape: Shape = HALFCHEETAH, **arguments: Any) -> None:
+        observation_space, action_space = spaces(shape)
+        self.shape = shape
         self.buffer: Any = PrioritizedReplayBuffer(
-            capacity, observation_space=observation_space, action_space=action_space, seed=0
+            capacity, observation_space=observation_space, action_space=action_space, seed=0, **arguments
         )
         self.out: Any = None
+        self.stream: tuple[Any, ...] = ()
+
+    @classmethod
+    def around(cls, buffer: PrioritizedReplayBuffer, shape: Shape = HALFCHEETAH, stream: int = 0) -> Angle:
+        """The adapter of a buffer that is there already; its rows go into ``stream``."""
+        self = cls.__new__(cls)
+        self.shape, self.buffer, self.out = shape, buffer, None
+        self.stream = (None, stream) if stream else ()
+        return self
 
     def ready_row(self, rows: Rows, index: int) -> Any:
         return (
@@ -86,6 +103,7 @@ class Angle:
             float(rows.rewards[index]),
             rows.next_observations[index],
             bool(rows.terminated[index]),
+            *self.stream,
         )
 
     def ready_rows(self, rows: Rows) -> Any:
@@ -135,7 +153,9 @@ class AngleUniform(Angle):
 
     prioritized = False
 
-    def __init__(self, capacity: int) -> None:
-        observation_space, action_space = spaces()
+    def __init__(self, capacity: int, shape: Shape = HALFCHEETAH) -> None:
+        observation_space, action_space = spaces(shape)
+        self.shape = shape
         self.buffer = ReplayBuffer(capacity, observation_space=observation_space, action_space=action_space, seed=0)
         self.out = None
+        self.stream = ()

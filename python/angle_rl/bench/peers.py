@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from angle_rl.bench.libraries import Library, spaces
-from angle_rl.bench.rows import ACTION, OBSERVATION, Rows, Sampled
+from angle_rl.bench.libraries import Kind, spaces
+from angle_rl.bench.rows import HALFCHEETAH, Rows, Sampled, Shape
 
 
 class Cpprb:
@@ -26,13 +26,13 @@ class Cpprb:
     gives = "numpy"
     exponent = 0.6
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, shape: Shape = HALFCHEETAH) -> None:
         import cpprb
 
-        self.capacity = capacity
+        self.capacity, self.shape = capacity, shape
         kind = cpprb.PrioritizedReplayBuffer if self.prioritized else cpprb.ReplayBuffer
-        fields = {"obs": {"shape": OBSERVATION}, "act": {"shape": ACTION}, "rew": {}, "done": {}}
-        self.buffer = kind(capacity, {**fields, "next_obs": {"shape": OBSERVATION}})
+        fields = {"obs": {"shape": shape.observation}, "act": {"shape": shape.action}, "rew": {}, "done": {}}
+        self.buffer = kind(capacity, {**fields, "next_obs": {"shape": shape.observation}})
 
     def ready_row(self, rows: Rows, index: int) -> Any:
         return {
@@ -100,10 +100,10 @@ class Tianshou:
     gives = "numpy"
     exponent = 0.6
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, shape: Shape = HALFCHEETAH) -> None:
         from tianshou import data
 
-        self.data, self.capacity = data, capacity
+        self.data, self.capacity, self.shape = data, capacity, shape
         if self.prioritized:
             self.buffer = data.PrioritizedReplayBuffer(capacity, alpha=self.exponent, beta=0.4)
         else:
@@ -178,10 +178,11 @@ class StableBaselines3:
     gives = "torch"
     exponent = 0.0
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, shape: Shape = HALFCHEETAH) -> None:
         from stable_baselines3.common.buffers import ReplayBuffer
 
-        observation_space, action_space = spaces()
+        self.shape = shape
+        observation_space, action_space = spaces(shape)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.buffer = ReplayBuffer(capacity, observation_space, action_space, device="cpu")
@@ -243,12 +244,12 @@ class TorchRL:
     gives = "torch"
     exponent = 0.6
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, shape: Shape = HALFCHEETAH) -> None:
         logging.getLogger("torchrl").setLevel(logging.ERROR)
         from tensordict import TensorDict
         from torchrl.data import LazyTensorStorage, TensorDictPrioritizedReplayBuffer, TensorDictReplayBuffer
 
-        self.dictionary, self.capacity = TensorDict, capacity
+        self.dictionary, self.capacity, self.shape = TensorDict, capacity, shape
         storage = LazyTensorStorage(capacity)
         if self.prioritized:
             import torchrl._torchrl  # noqa: F401 - its failure says why there are no priorities
@@ -316,7 +317,7 @@ class TorchRLUniform(TorchRL):
     prioritized = False
 
 
-KINDS: tuple[Callable[[int], Library], ...] = (
+KINDS: tuple[Kind, ...] = (
     Cpprb,
     CpprbUniform,
     Tianshou,
@@ -327,23 +328,27 @@ KINDS: tuple[Callable[[int], Library], ...] = (
 )
 
 
-def why_not(kind: Callable[[int], Library], attempt: Callable[[Callable[[int], Library]], object]) -> str | None:
+def in_short(failure: BaseException) -> str:
+    """The first line of what a failure says, not too long and without this machine's folders."""
+    text = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+    text = re.sub(r"/\S*/", "", text)
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def why_not(kind: Kind, attempt: Callable[[Kind], object]) -> str | None:
     """One line saying why a peer fails an attempt, in whatever way of its own; None when it does not."""
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             attempt(kind)
     except Exception as failure:
-        text = (str(failure).strip() or type(failure).__name__).splitlines()[0]
-        text = re.sub(r"/\S*/", "", text)  # file names without this machine's folders
-        text = text if len(text) <= 200 else text[:200] + " ..."
-        return f"{getattr(kind, '__name__', kind)}: {text}"
+        return f"{getattr(kind, '__name__', kind)}: {in_short(failure)}"
     return None
 
 
 def available(
-    attempt: Callable[[Callable[[int], Library]], object],
-) -> tuple[list[Callable[[int], Library]], list[str]]:
+    attempt: Callable[[Kind], object],
+) -> tuple[list[Kind], list[str]]:
     """The peers that import, can be made and pass ``attempt``, and a line for each other saying why not."""
     reasons = [(kind, why_not(kind, attempt)) for kind in KINDS]
     return [kind for kind, why in reasons if why is None], [why for _, why in reasons if why is not None]

@@ -1,198 +1,82 @@
-"""``angle bench replay``: our replay beside its peers and beside the machine's floor."""
+"""``angle bench replay``: our replay beside its peers and beside the machine's floor, and the goals it is held to."""
 
 from __future__ import annotations
 
 import argparse
-import copy
-import itertools
+import gc
+import importlib
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from angle_rl import _core
 from angle_rl.bench import peers
 from angle_rl.bench.flashbax_process import OPERATIONS, Flashbax
-from angle_rl.bench.libraries import Angle, AngleUniform, Library
-from angle_rl.bench.replay_checks import check_floor, check_library, fill
-from angle_rl.bench.report import FLOOR, Row, publish, summarize
-from angle_rl.bench.rows import check_rows, make_rows
-from angle_rl.bench.timing import Clock, clock, one_setting, race, round_robin
+from angle_rl.bench.goals import as_dicts, goals_table, judge
+from angle_rl.bench.libraries import Angle, AngleUniform, Kind, Library
+from angle_rl.bench.replay_atari import atari_rows
+from angle_rl.bench.replay_cases import (
+    INSERT_BATCH,
+    Case,
+    Settings,
+    floor_cases,
+    floor_inserts,
+    insert_cases,
+    measure,
+    prioritized_cases,
+    uniform_case,
+)
+from angle_rl.bench.replay_checks import DRAWN_HEADING, Drawn, check_floor, check_library, check_statistics, fill
+from angle_rl.bench.replay_plots import plot_all
+from angle_rl.bench.replay_processes import process_rows
+from angle_rl.bench.replay_race import thread_rows
+from angle_rl.bench.replay_sweeps import BATCH_SWEEP, CAPACITIES, QUICK_BATCH_SWEEP, QUICK_CAPACITIES, capacity_rows
+from angle_rl.bench.report import Row, publish
+from angle_rl.bench.timing import one_setting
 
-INSERT_BATCH = 1024  # rows of one insert_batch call
-POOL = 1024  # distinct rows that stand ready to be inserted
-UPDATES = 256  # distinct batches of handles that the update walks through
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """One run of this benchmark."""
-
-    capacity: int  # rows a buffer holds, >= 1
-    batches: tuple[int, ...]  # sampled rows a call, each >= 1
-    threads: int  # cores for the single-threaded operations, >= 1
-    repeats: int  # rounds over the libraries, >= 1
-    seconds: float  # length of one library's turn in a round
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One operation of one library."""
-
-    library: str
-    operation: str
-    batch: int
-    run: Clock
-    gives: str | None = None  # what sampling returns
+SECTIONS = ("table", "batch", "threads", "capacity", "processes", "atari", "files", "statistics")
 
 
-def _rows(settings: Settings) -> Any:
-    return make_rows(np.arange(settings.capacity, settings.capacity + POOL, dtype=np.int64))
+@dataclass(kw_only=True)
+class Found:
+    """What a run measured."""
+
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # a line for each thing that was not measured
+    drawn: list[Drawn] = field(default_factory=list)
+    flashbax: dict[str, Any] | None = None  # versions in its interpreter
+
+    def add(self, rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
+        """Takes over what a section measured, and what it did not."""
+        self.rows += rows
+        self.notes += notes
 
 
-def _inserting(library: Library, settings: Settings) -> Callable[[], object]:
-    rows = _rows(settings)
-    ready = itertools.cycle([library.ready_row(rows, index) for index in range(POOL)])
-    insert = library.insert
-    return lambda: insert(next(ready))
+def _resident() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
-def insert_cases(library: Library, settings: Settings) -> list[Case]:
-    """``insert``: one row. ``insert_batch``: 1024 rows."""
-    many = library.ready_rows(_rows(settings))
-    insert_many = library.insert_many
-    return [
-        Case(library=library.name, operation="insert", batch=1, run=clock(_inserting(library, settings))),
-        Case(
-            library=library.name,
-            operation="insert_batch",
-            batch=INSERT_BATCH,
-            run=clock(lambda: insert_many(many)),
-        ),
-    ]
+def make_filled(kind: Kind, capacity: int) -> tuple[Library, dict[str, Any]]:
+    """A filled library and its ``bytes_a_row``: what ours reserves, what a peer's process grew by meanwhile."""
+    gc.collect()
+    before = _resident()
+    library = kind(capacity)
+    fill(library, capacity)
+    gc.collect()
+    grown = _resident() - before
+    held = library.buffer.nbytes if isinstance(library, Angle) else grown
+    return library, {"bytes_a_row": held / capacity} if held > 0 else {}
 
 
-def prioritized_cases(library: Library, settings: Settings, batch: int) -> list[Case]:
-    """``sample``, ``update`` of random rows, and ``cycle``: insert 1, sample, update the sampled rows."""
-    generator = np.random.default_rng(1)
-    errors = itertools.cycle(
-        [
-            library.ready_errors(generator.exponential(size=batch).astype(np.float32))
-            for _ in range(max(4, 4096 // batch))
-        ]
-    )
-    # Copied, since a peer may hand out a view of memory that its next sample overwrites or frees.
-    known = itertools.cycle(
-        [copy.deepcopy(library.handles(library.sample(batch))) for _ in range(max(4, UPDATES * 256 // batch))]
-    )
-    sample, update, handles = library.sample, library.update, library.handles
-    insert = _inserting(library, settings)
-
-    def cycle() -> None:
-        insert()
-        update(handles(sample(batch)), next(errors))
-
-    case = partial(Case, library=library.name, batch=batch)
-    cases = [
-        case(operation="update", run=clock(lambda: update(next(known), next(errors)))),
-        case(operation="sample", run=clock(lambda: sample(batch)), gives=library.gives),
-        case(operation="cycle", run=clock(cycle)),
-    ]
-    if isinstance(library, Angle):
-        sample_out = library.sample_out
-        cases.append(case(operation="sample_out", run=clock(lambda: sample_out(batch)), gives=library.gives))
-    return cases
-
-
-def floor_cases(floor: Any, batch: int | None) -> list[Case]:
-    """The floor's operations of one batch size; its inserts where ``batch`` is None."""
-    if batch is None:
-        return [
-            Case(library=FLOOR, operation="insert", batch=1, run=partial(floor.insert, 1)),
-            Case(
-                library=FLOOR,
-                operation="insert_batch",
-                batch=INSERT_BATCH,
-                run=partial(floor.insert, INSERT_BATCH),
-            ),
-        ]
-    work = {name: partial(getattr(floor, name), batch) for name in ("sample", "update", "cycle", "uniform_sample")}
-    work["sample_out"] = work["sample"]
-    return [Case(library=FLOOR, operation=name, batch=batch, run=run) for name, run in work.items()]
-
-
-def measure(cases: Sequence[Case], settings: Settings) -> list[Row]:
-    """Times the cases, those of one operation and batch in turns."""
-    groups: dict[tuple[str, int], list[Case]] = {}
-    for case in cases:
-        groups.setdefault((case.operation, case.batch), []).append(case)
-    rows = []
-    for group in groups.values():
-        times = round_robin([case.run for case in group], repeats=settings.repeats, seconds=settings.seconds)
-        rows += [
-            summarize(
-                case.library,
-                case.operation,
-                taken,
-                capacity=settings.capacity,
-                batch=case.batch,
-                threads=settings.threads,
-                gives=case.gives,
-                us_per_row=float(np.median(taken)) / case.batch if case.operation == "insert_batch" else None,
-            )
-            for case, taken in zip(group, times, strict=True)
-        ]
-    return rows
-
-
-def concurrent_rows(libraries: Sequence[Library], settings: Settings, batch: int) -> list[Row]:
-    """One Python thread inserts row after row while another samples and updates.
-
-    ``concurrent_insert`` and ``concurrent_cycle`` are the mean microseconds a call of the two threads;
-    ``p999_us`` is the slowest call in a thousand.
-    """
-    gathered: dict[str, tuple[list[float], list[float], list[float], list[float]]] = {}
-    for _ in range(settings.repeats):
-        for library in libraries:
-            errors = library.ready_errors(np.random.default_rng(2).exponential(size=batch).astype(np.float32))
-            sample, update, handles = library.sample, library.update, library.handles
-            found = race(
-                _inserting(library, settings),
-                lambda: update(handles(sample(batch)), errors),  # noqa: B023 - ends before the next library
-                max(0.3, 5 * settings.seconds),
-            )
-            lists = gathered.setdefault(library.name, ([], [], [], []))
-            lists[0].append(found.insert_us)
-            lists[1].append(found.cycle_us)
-            lists[2].extend(found.insert_calls_us)
-            lists[3].extend(found.cycle_calls_us)
-            check_rows(library.arrays(sample(batch)), library.name)
-    rows = []
-    for name, (inserts, cycles, insert_calls, cycle_calls) in gathered.items():
-        for operation, size, times, calls in (
-            ("concurrent_insert", 1, inserts, insert_calls),
-            ("concurrent_cycle", batch, cycles, cycle_calls),
-        ):
-            rows.append(
-                summarize(
-                    name,
-                    operation,
-                    times,
-                    capacity=settings.capacity,
-                    batch=size,
-                    threads=2,
-                    p999_us=float(np.quantile(calls, 0.999)),
-                    per_second=round(1e6 / float(np.median(times))),
-                )
-            )
-    return rows
-
-
-def flashbax_cases(worker: Flashbax, batch: int, with_inserts: bool) -> list[Case]:
+def flashbax_cases(worker: Flashbax, capacity: int, batch: int, with_inserts: bool) -> list[Case]:
     """flashbax's operations of one batch size."""
     sizes = {"insert": 1, "insert_batch": INSERT_BATCH}
     names = OPERATIONS if with_inserts else OPERATIONS[2:]
@@ -202,73 +86,124 @@ def flashbax_cases(worker: Flashbax, batch: int, with_inserts: bool) -> list[Cas
             operation=name,
             batch=sizes.get(name, batch),
             run=worker.clock(name),
-            gives=worker.gives if "sample" in name else None,
+            capacity=capacity,
+            extra={"gives": worker.gives} if "sample" in name else {},
         )
         for name in names
     ]
 
 
-def start_flashbax(python: str, settings: Settings, batch: int) -> tuple[Flashbax | None, str | None]:
+def start_flashbax(python: str, capacity: int, batch: int) -> tuple[Flashbax | None, str | None]:
     """flashbax filled and checked, or a line saying why not."""
     try:
-        return Flashbax(python, settings.capacity, batch), None
+        return Flashbax(python, capacity, batch), None
     except RuntimeError as failure:
         return None, f"flashbax in {python}, batch {batch}: {failure}"
 
 
-def all_cases(libraries: Sequence[Library], workers: Sequence[Flashbax | None], settings: Settings) -> list[Case]:
-    """Every single-threaded operation of every library, the floor's among them."""
-    floor = _core.ReplayFloor(settings.capacity, 1)
-    prioritized = {library.name for library in libraries if library.prioritized}
-    cases = floor_cases(floor, None)
+def batch_cases(libraries: Sequence[Library], floor: Any, capacity: int, batch: int) -> list[Case]:
+    """Every operation of one batch size of every library, the floor's among them."""
+    cases = floor_cases(floor, capacity, batch)
     for library in libraries:
-        if library.prioritized or library.name not in prioritized:
-            cases += insert_cases(library, settings)
-    for index, (batch, worker) in enumerate(zip(settings.batches, workers, strict=True)):
-        cases += floor_cases(floor, batch)
-        for library in libraries:
-            if library.prioritized:
-                cases += prioritized_cases(library, settings, batch)
-            else:
-                run_sample = clock(partial(library.sample, batch))
-                cases.append(
-                    Case(
-                        library=library.name,
-                        operation="uniform_sample",
-                        batch=batch,
-                        run=run_sample,
-                        gives=library.gives,
-                    )
-                )
-        if worker is not None:
-            cases += flashbax_cases(worker, batch, index == 0)
+        if library.prioritized:
+            cases += prioritized_cases(library, capacity, batch)
+        else:
+            cases.append(uniform_case(library, capacity, batch))
     return cases
 
 
-def run(settings: Settings, flashbax_python: str) -> tuple[list[Row], list[str], dict[str, Any]]:
-    """Checks and times every library there is: rows, a line per library there is not, and versions."""
+def table_rows(
+    libraries: Sequence[tuple[Library, dict[str, Any]]], settings: Settings, flashbax_python: str, found: Found
+) -> None:
+    """The single-threaded operations, flashbax and the floor among them."""
+    capacity = settings.capacity
+    floor = _core.ReplayFloor(capacity, 1)
+    prioritized = {library.name for library, _ in libraries if library.prioritized}
+    cases = floor_inserts(floor, capacity)
+    for library, facts in libraries:
+        if library.prioritized or library.name not in prioritized:
+            cases += insert_cases(library, capacity, facts)
+    workers: list[Flashbax] = []
+    try:
+        for index, batch in enumerate(settings.batches):
+            cases += batch_cases([library for library, _ in libraries], floor, capacity, batch)
+            worker, why = start_flashbax(flashbax_python, capacity, batch)
+            if worker is None:
+                found.notes.append(why or "flashbax")
+                continue
+            workers.append(worker)
+            found.flashbax = worker.versions
+            cases += flashbax_cases(worker, capacity, batch, index == 0)
+        found.add(measure(cases, repeats=settings.repeats, seconds=settings.seconds, threads=settings.threads))
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def batch_rows(libraries: Sequence[Library], settings: Settings) -> list[Row]:
+    """The operations at every batch size of the sweep that the table leaves out, in fewer and shorter turns."""
+    floor = _core.ReplayFloor(settings.capacity, 1)
+    sizes = QUICK_BATCH_SWEEP if settings.quick else BATCH_SWEEP
+    rows: list[Row] = []
+    for batch in sizes:
+        if batch in settings.batches or batch > settings.capacity:
+            continue
+        cases = batch_cases(libraries, floor, settings.capacity, batch)
+        rows += measure(
+            cases, repeats=-(-settings.repeats // 2), seconds=settings.seconds / 2, threads=settings.threads
+        )
+    return rows
+
+
+def file_rows(settings: Settings) -> tuple[list[Row], list[str]]:
+    """``save`` and ``load``, where this version has them."""
+    try:
+        module = importlib.import_module("angle_rl.bench.replay_files")
+    except ModuleNotFoundError:
+        return [], ["save and load: this version has no benchmark of them"]
+    with tempfile.TemporaryDirectory() as folder:
+        rows: list[Row] = module.file_rows(settings.capacity, Path(folder), settings.repeats)
+    return rows, []
+
+
+def run(settings: Settings, sections: Sequence[str], flashbax_python: str) -> Found:
+    """Checks the answers of every library there is, then times these sections."""
+    found = Found()
+    sizes = {"capacity": 100_000, "draws": 1_000_000} if settings.quick else {}
+    found.drawn = check_statistics(**sizes)
+    if set(sections) == {"statistics"}:
+        return found
     check_floor()
     check_library(Angle)
     check_library(AngleUniform)
     kinds, notes = peers.available(check_library)
-    libraries = [kind(settings.capacity) for kind in (Angle, AngleUniform, *kinds)]
-    for library in libraries:
-        fill(library, settings.capacity)
-    with one_setting(settings.threads):
-        started = [start_flashbax(flashbax_python, settings, batch) for batch in settings.batches]
-        workers = [worker for worker, _ in started]
-        notes += [why for _, why in started if why is not None]
-        try:
-            rows = measure(all_cases(libraries, workers, settings), settings)
-        finally:
-            for worker in workers:
-                if worker is not None:
-                    worker.close()
-    with one_setting(2):
-        prioritized = [library for library in libraries if library.prioritized]
-        rows += concurrent_rows(prioritized, settings, settings.batches[0])
-    versions = next((worker.versions for worker in workers if worker is not None), None)
-    return rows, notes, {"flashbax": versions}
+    if {"table", "batch", "threads", "capacity"} & set(sections):
+        found.notes += notes
+    if {"table", "batch", "threads"} & set(sections):
+        every: list[Kind] = [Angle, AngleUniform, *kinds]
+        made = [make_filled(kind, settings.capacity) for kind in every]
+        libraries = [library for library, _ in made]
+        with one_setting(settings.threads):
+            if "table" in sections:
+                table_rows(made, settings, flashbax_python, found)
+            if "batch" in sections:
+                found.add(batch_rows(libraries, settings))
+        if "threads" in sections:
+            found.add(thread_rows(libraries, settings))
+        del libraries, made
+        gc.collect()
+    few = replace(settings, repeats=-(-settings.repeats // 2))
+    if "capacity" in sections:
+        prioritized = [kind for kind in kinds if getattr(kind, "prioritized", False)]
+        sweep = QUICK_CAPACITIES if settings.quick else CAPACITIES
+        found.add(*capacity_rows(prioritized, replace(few, seconds=settings.seconds / 2), sweep))
+    if "processes" in sections:
+        found.add(*process_rows(few))
+    if "atari" in sections:
+        found.add(*atari_rows(few))
+    if "files" in sections:
+        found.add(*file_rows(few))
+    return found
 
 
 def at_least_one(text: str) -> int:
@@ -279,11 +214,27 @@ def at_least_one(text: str) -> int:
     return value
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the benchmark with these arguments (default: the process's) and returns the exit status."""
+def sections_of(text: str) -> tuple[str, ...]:
+    """An argument that must name sections, separated by commas."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"{text!r} does not name sections; they are {', '.join(SECTIONS)}")
+    return names
+
+
+def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     parser = argparse.ArgumentParser(prog="angle bench replay", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
-    parser.add_argument("--quick", action="store_true", help="under a minute: 100,000 rows, few short rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here, and the figures beside it")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write the sweeps' figures here")
+    parser.add_argument(
+        "--only",
+        type=sections_of,
+        default=SECTIONS,
+        metavar="SECTION[,SECTION]",
+        help=f"parts to measure (default all): {', '.join(SECTIONS)}; statistics are always checked",
+    )
+    parser.add_argument("--quick", action="store_true", help="about a minute: small sizes, few short rounds")
     parser.add_argument("--capacity", type=at_least_one, help="rows a buffer holds, filled (default 1,000,000)")
     parser.add_argument("--batch", type=at_least_one, nargs="+", help="sampled rows a call (default 256 8192)")
     parser.add_argument("--threads", type=at_least_one, default=1, help="cores of the single-threaded operations")
@@ -299,14 +250,30 @@ def main(argv: list[str] | None = None) -> int:
         capacity=given.capacity or (100_000 if given.quick else 1_000_000),
         batches=tuple(given.batch or ((256,) if given.quick else (256, 8192))),
         threads=given.threads,
-        repeats=given.repeats or (3 if given.quick else 9),
+        repeats=given.repeats or (2 if given.quick else 9),
         seconds=0.02 if given.quick else 0.2,
+        race_seconds=0.15 if given.quick else 0.8,
+        quick=given.quick,
     )
     if settings.capacity < max(INSERT_BATCH, *settings.batches):
         smallest = max(INSERT_BATCH, *settings.batches)
         parser.error(f"--capacity is {settings.capacity}; it must be at least {smallest}")
-    rows, notes, about = run(settings, given.flashbax_python)
-    publish(rows, notes, given.json, **about)
+    return given, settings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark with these arguments (default: the process's) and returns the exit status."""
+    given, settings = _arguments(argv)
+    found = run(settings, given.only, given.flashbax_python)
+    verdicts = judge(found.rows, settings.capacity)
+    statistics = "\n".join([DRAWN_HEADING, *(drawn.line() for drawn in found.drawn)])
+    texts = [statistics, goals_table(verdicts)] if found.rows else [statistics]
+    parts = {"goals": as_dicts(verdicts), "statistics": [asdict(drawn) for drawn in found.drawn]}
+    publish(found.rows, found.notes, given.json, texts=texts, parts=parts, flashbax=found.flashbax)
+    folder = given.plots or (given.json.resolve().parent if given.json else None)
+    if folder is not None:
+        for path in plot_all(found.rows, folder, given.json.stem if given.json else "replay"):
+            print(f"written to {path}")
     return 0
 
 

@@ -16,7 +16,7 @@ import torch
 
 from angle_rl import __version__, _core
 
-OURS = ("angle", "angle-torch", "angle-native")  # names of our own libraries in a table
+OURS = ("angle", "angle-shared", "angle-plain", "angle-torch", "angle-native")  # names of our own libraries in a table
 FLOOR = "floor"  # name of the machine's floor in a table
 PEERS = (
     "cpprb",
@@ -39,10 +39,11 @@ class Row:
     operation: str
     capacity: int  # rows the buffer holds, all filled
     batch: int  # rows a call touches
-    threads: int
+    threads: int  # or processes, where the operation says so
     median_us: float
     min_us: float
     max_us: float
+    rows: str = "halfcheetah"  # what a row holds
     extra: dict[str, Any] = field(default_factory=dict)  # p999_us, gives ("torch", "numpy", "jax"), and the like
 
 
@@ -54,6 +55,7 @@ def summarize(
     capacity: int,
     batch: int,
     threads: int,
+    rows: str = "halfcheetah",
     **extra: Any,
 ) -> Row:
     """The row of one operation from its rounds' microseconds a call."""
@@ -66,6 +68,7 @@ def summarize(
         median_us=float(np.median(microseconds)),
         min_us=min(microseconds),
         max_us=max(microseconds),
+        rows=rows,
         extra={name: value for name, value in extra.items() if value is not None},
     )
 
@@ -108,15 +111,34 @@ def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def table(rows: Iterable[Row]) -> str:
-    """The rows as text, one block per operation and batch, the fastest first.
+Place = tuple[str, int, int, str, int]
+
+
+def place(row: Row) -> Place:
+    """What a row is compared within: operation, batch, capacity, kind of rows, threads."""
+    return row.operation, row.batch, row.capacity, row.rows, row.threads
+
+
+def floors(rows: Iterable[Row]) -> dict[tuple[str, int, int, str], Row]:
+    """The floor's row of each operation, batch, capacity and kind of rows; it has one thread."""
+    return {place(row)[:4]: row for row in rows if row.library == FLOOR}
+
+
+def is_peer(row: Row) -> bool:
+    """Whether another library made this row."""
+    return row.library != FLOOR and row.library not in OURS
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text, one block per operation, batch and threads, the fastest first.
 
     ``x floor``: the row's median over the floor's. ``x peer``: the fastest peer's median over the row's, so
     above 1 is faster than every peer.
     """
-    blocks: dict[tuple[str, int, int], list[Row]] = {}
+    blocks: dict[Place, list[Row]] = {}
     for row in rows:
-        blocks.setdefault((row.operation, row.batch, row.capacity), []).append(row)
+        blocks.setdefault(place(row), []).append(row)
+    below = floors(rows)
     lines = []
     columns = (
         ("threads", 8),
@@ -127,13 +149,13 @@ def table(rows: Iterable[Row]) -> str:
         ("x peer", 9),
     )
     heading = f"{'library':<22}" + "".join(f"{name:>{width}}" for name, width in columns)
-    for (operation, batch, capacity), block in blocks.items():
-        floor = min((row.median_us for row in block if row.library == FLOOR), default=None)
-        peers = [row.median_us for row in block if row.library != FLOOR and row.library not in OURS]
-        peer = min(peers, default=None)
-        lines += ["", f"{operation}  batch {batch}  capacity {capacity}", heading]
-        for row in sorted(block, key=lambda row: row.median_us):
-            over_floor = _ratio(None if floor is None else row.median_us / floor)
+    for (operation, batch, capacity, kind, threads), block in blocks.items():
+        floor = below.get((operation, batch, capacity, kind))
+        peer = min((row.median_us for row in block if is_peer(row)), default=None)
+        lines += ["", f"{operation}  batch {batch}  capacity {capacity}  rows {kind}", heading]
+        shown = block if floor is None or floor.threads == threads else [*block, floor]
+        for row in sorted(shown, key=lambda row: row.median_us):
+            over_floor = _ratio(None if floor is None else row.median_us / floor.median_us)
             over_peer = _ratio(None if peer is None or row.library == FLOOR else peer / row.median_us)
             notes = "  ".join(f"{name} {_short(value)}" for name, value in row.extra.items())
             lines.append(
@@ -147,17 +169,25 @@ def _short(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def as_json(rows: Iterable[Row], notes: Sequence[str], about: dict[str, Any]) -> str:
-    """``{"metadata": ..., "notes": [...], "rows": [...]}``; a row's extras stand beside its columns."""
+def as_json(rows: Iterable[Row], notes: Sequence[str], about: dict[str, Any], parts: dict[str, Any]) -> str:
+    """``{"metadata": ..., "notes": [...], "rows": [...]}`` and ``parts``; a row's extras stand beside its columns."""
     flat = []
     for row in rows:
         columns = {name: getattr(row, name) for name in Row.__dataclass_fields__ if name != "extra"}
         flat.append({**columns, **row.extra})
-    return json.dumps({"metadata": about, "notes": list(notes), "rows": flat}, indent=2) + "\n"
+    return json.dumps({"metadata": about, "notes": list(notes), **parts, "rows": flat}, indent=2) + "\n"
 
 
-def publish(rows: Sequence[Row], notes: Sequence[str], path: Path | None, **about: Any) -> None:
-    """Prints the machine, the table and the notes; writes them to ``path`` as JSON where one is given."""
+def publish(
+    rows: Sequence[Row],
+    notes: Sequence[str],
+    path: Path | None,
+    *,
+    texts: Sequence[str] = (),
+    parts: dict[str, Any] | None = None,
+    **about: Any,
+) -> None:
+    """Prints the machine, the table, the notes and ``texts``; writes rows, notes and ``parts`` to ``path`` as JSON."""
     facts = {**metadata(), **about}
     versions = "  ".join(f"{name} {facts[name]}" for name in ("python", "numpy", "torch", "angle_rl"))
     peers = "  ".join(f"{name} {version}" for name, version in facts["peers"].items())
@@ -166,8 +196,10 @@ def publish(rows: Sequence[Row], notes: Sequence[str], path: Path | None, **abou
         f"{facts['cpu']}, {facts['cores']} cores, isa {facts['isa']}, {facts['os']}\n{versions}\n{peers}\n{details}\n"
     )
     print(table(rows))
+    for text in texts:
+        print(f"\n{text}")
     for note in notes:
         print(f"not measured: {note}")
     if path is not None:
-        path.write_text(as_json(rows, notes, facts))
+        path.write_text(as_json(rows, notes, facts, parts or {}))
         print(f"written to {path}")

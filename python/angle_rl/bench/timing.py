@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 Clock = Callable[[int], float]
@@ -76,55 +77,39 @@ def round_robin(clocks: Sequence[Clock], *, repeats: int, seconds: float, multip
     return taken
 
 
-@dataclass(frozen=True, kw_only=True)
-class Race:
-    """What two threads did to one buffer at the same time; microseconds a call, and every call's."""
+def race(calls: Sequence[Callable[[], object]], seconds: float) -> list[npt.NDArray[np.float64]]:
+    """Runs each call over and over in a thread of its own, all at the same time, for ``seconds``.
 
-    insert_us: float
-    cycle_us: float
-    insert_calls_us: list[float]
-    cycle_calls_us: list[float]
-
-
-def race(insert: Callable[[], object], learn: Callable[[], object], seconds: float) -> Race:
-    """Runs ``insert`` in one thread and ``learn`` in another for ``seconds``. Raises what either raised."""
-    stop = threading.Event()
-    start = threading.Barrier(2)
-    inserted: list[int] = []
-    learned: list[int] = []
+    Returns every call's microseconds, a thread's calls in order: from the end of one to the end of the next, so what
+    the loop itself costs (0.1 us) and every wait for the interpreter's lock are in them. Raises what a call raised.
+    """
+    running = [True]
+    failed = threading.Event()
+    start = threading.Barrier(len(calls))
+    ends: list[list[int]] = [[] for _ in calls]
     failures: list[BaseException] = []
 
-    def drive(call: Callable[[], object], ends: list[int]) -> None:
-        now, stopped = time.perf_counter_ns, stop.is_set
+    def drive(call: Callable[[], object], noted: list[int]) -> None:
+        now, note = time.perf_counter_ns, noted.append
         try:
             start.wait()
-            ends.append(now())
-            while not stopped():
+            note(now())
+            while running:
                 call()
-                ends.append(now())
+                note(now())
         except BaseException as failure:
             failures.append(failure)
-            stop.set()
+            failed.set()
 
-    threads = [
-        threading.Thread(target=drive, args=(insert, inserted)),
-        threading.Thread(target=drive, args=(learn, learned)),
-    ]
+    threads = [threading.Thread(target=drive, args=pair) for pair in zip(calls, ends, strict=True)]
     for thread in threads:
         thread.start()
-    stop.wait(seconds)
-    stop.set()
+    failed.wait(seconds)
+    running.clear()
     for thread in threads:
         thread.join()
     if failures:
         raise failures[0]
-    insert_calls = [(end - begin) / 1e3 for begin, end in itertools.pairwise(inserted)]
-    cycle_calls = [(end - begin) / 1e3 for begin, end in itertools.pairwise(learned)]
-    if not insert_calls or not cycle_calls:
-        raise RuntimeError(f"one of two threads made no call within {seconds} s; give the race more time")
-    return Race(
-        insert_us=sum(insert_calls) / len(insert_calls),
-        cycle_us=sum(cycle_calls) / len(cycle_calls),
-        insert_calls_us=insert_calls,
-        cycle_calls_us=cycle_calls,
-    )
+    if min(map(len, ends)) < 2:
+        raise RuntimeError(f"a thread made no call within {seconds} s; give the race more time")
+    return [np.diff(np.array(noted, dtype=np.float64)) / 1e3 for noted in ends]
