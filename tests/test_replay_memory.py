@@ -155,3 +155,41 @@ def test_an_out_that_was_moved_or_resized_is_noticed():
     out.rewards.resize_(4)
     with pytest.raises(ValueError, match="rewards"):
         buffer.sample(16, out=out)
+
+
+def test_two_outs_in_turns_and_in_threads_each_get_their_own_rows():
+    buffer, twin = filled(seed=1), filled(seed=1)
+    outs = [buffer.sample(n) for n in (16, 16, 8)]
+    for out in outs:
+        twin.sample(len(out.rewards))
+    for turn in range(12):
+        out = outs[turn % 3]
+        assert buffer.sample(len(out.rewards), out=out) is out
+        expected = twin.sample(len(out.rewards))
+        assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    failures = []
+
+    def work(out):
+        try:
+            for _ in range(500):
+                out.handles.fill_(-1)
+                buffer.sample(len(out.handles), out=out)
+                assert (out.handles >= 0).all()
+                values_of(out)
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work, args=(out,)) for out in outs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_an_out_that_is_no_batch_is_refused():
+    buffer = filled()
+    with pytest.raises(TypeError, match="out is list"):
+        buffer.sample(16, out=list(buffer.sample(16)))
+    with pytest.raises(TypeError, match="out is tuple"):
+        buffer.sample(16, out=tuple(buffer.sample(16)))

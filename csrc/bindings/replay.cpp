@@ -23,6 +23,7 @@
 #include "bindings/batch_memory.h"
 #include "bindings/bindings.h"
 #include "bindings/draw.h"
+#include "bindings/known_batch.h"
 #include "bindings/prefetch.h"
 #include "bindings/race.h"
 #include "bindings/replay_state.h"
@@ -220,6 +221,22 @@ class PyReplay {
     draw_now(request(n, n_step, discount, importance_exponent, flags), pointers.data());
   }
 
+  // Draws into the tensors that `remember` was given last, which the facade had checked, or returns False and draws
+  // nothing when these are others, or one has moved or changed its length since.
+  bool sample_into(size_t n, uint32_t n_step, double discount, double importance_exponent, uint32_t flags,
+                   py::handle tensors) {
+    Few<uint8_t*> addresses(maker_->tensors());
+    if (!known_.find(n, tensors, addresses.data())) return false;
+    draw_now(request(n, n_step, discount, importance_exponent, flags), addresses.data());
+    return true;
+  }
+
+  // data_ptr and numel: torch.Tensor's.
+  void remember(size_t n, const py::typing::Tuple<py::object, py::ellipsis>& tensors, const py::object& data_ptr,
+                const py::object& numel) {
+    known_ = KnownBatch(n, tensors, data_ptr, numel);
+  }
+
   // addresses: one for each tensor of a batch.
   void read_addresses(const py::typing::Tuple<py::int_, py::ellipsis>& addresses, uint8_t** pointers) const {
     if (addresses.size() != maker_->tensors()) throw std::invalid_argument("a batch needs one address for each tensor");
@@ -404,6 +421,7 @@ class PyReplay {
   RowReader reader_;
   std::shared_ptr<Replay> replay_;  // prefetchers hold it too
   std::unique_ptr<BatchMaker> maker_;
+  KnownBatch known_;      // the batch that `out` was last
   size_t row_bytes_ = 0;  // as callers see it
 };
 
@@ -466,6 +484,9 @@ void bind_replay(py::module_& m) {
            py::arg("streams"), py::arg("priorities"))
       .def("sample", &PyReplay::sample, py::arg("n"), py::arg("n_step"), py::arg("discount"),
            py::arg("importance_exponent"), py::arg("flags"), py::arg("addresses"))
+      .def("sample_into", &PyReplay::sample_into, py::arg("n"), py::arg("n_step"), py::arg("discount"),
+           py::arg("importance_exponent"), py::arg("flags"), py::arg("tensors"))
+      .def("remember", &PyReplay::remember, py::arg("n"), py::arg("tensors"), py::arg("data_ptr"), py::arg("numel"))
       .def("blank", &PyReplay::blank, py::arg("n"))
       .def("sample_fresh", &PyReplay::sample_fresh, py::arg("n"), py::arg("n_step"), py::arg("discount"),
            py::arg("importance_exponent"), py::arg("flags"))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
 from angle_rl.schema import Schema, flatten, unflatten
 from angle_rl.types import Batch
-
-_data_ptr, _numel = torch.Tensor.data_ptr, torch.Tensor.numel
 
 
 class BatchLayout:
@@ -20,7 +16,6 @@ class BatchLayout:
         self.schema = schema
         self._flat = schema.observation_structure is None and schema.action_structure is None
         self._dtypes = [torch.from_numpy(np.empty(0, f.dtype)).dtype for f in schema.fields]
-        self._checked: tuple[Batch | None, int, tuple[int, ...], tuple[int, ...]] = (None, 0, (), ())
 
     def sizes(self, n: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of a batch's tensors: the schema's fields, discounts, importance weights, handles, steps."""
@@ -39,7 +34,10 @@ class BatchLayout:
         successors = unflatten(self.schema.observation_structure, left)
         return Batch(observations, actions, rewards, successors, *left)
 
-    def _leaves(self, batch: Batch) -> Sequence[torch.Tensor]:
+    def leaves(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """The tensors of a batch."""
+        if type(batch) is not Batch:
+            raise TypeError(f"out is {type(batch).__name__}; it must be a Batch")
         if self._flat:
             return batch
         leaves: list[torch.Tensor] = []
@@ -47,15 +45,10 @@ class BatchLayout:
         flatten("actions", self.schema.action_structure, batch.actions, leaves)
         leaves.append(batch.rewards)
         flatten("next_observations", self.schema.observation_structure, batch.next_observations, leaves)
-        return [*leaves, batch.discounts, batch.importance_weights, batch.handles, batch.steps]
+        return (*leaves, batch.discounts, batch.importance_weights, batch.handles, batch.steps)
 
-    def addresses(self, out: Batch, n: int) -> tuple[int, ...]:
-        """The addresses of ``out``'s tensors, checked anew when any of them has moved or changed its size."""
-        leaves = self._leaves(out)
-        addresses, lengths = tuple(map(_data_ptr, leaves)), tuple(map(_numel, leaves))
-        checked = self._checked
-        if checked[0] is out and checked[1] == n and checked[2] == addresses and checked[3] == lengths:
-            return addresses
+    def check_out(self, leaves: tuple[torch.Tensor, ...], n: int) -> tuple[int, ...]:
+        """The addresses of tensors that a batch of ``n`` rows fits into. ValueError, naming it, where one does not."""
         names = [f.name for f in self.schema.fields]
         names += ["discounts", "importance_weights", "handles", "steps"]
         for name, leaf, (size, dtype) in zip(names, leaves, self.sizes(n), strict=True):
@@ -65,7 +58,7 @@ class BatchLayout:
                     f"out.{name} is {leaf.dtype} {tuple(leaf.shape)} on {leaf.device}; expected {dtype} "
                     f"{size}, contiguous, on cpu"
                 )
+        addresses = tuple(leaf.data_ptr() for leaf in leaves)
         if len(set(addresses)) < len(addresses):
             raise ValueError("out holds the same memory twice; every tensor must have its own")
-        self._checked = (out, n, addresses, lengths)
         return addresses

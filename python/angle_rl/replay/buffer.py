@@ -446,7 +446,11 @@ class ReplayBuffer:
             return self._sample_to(self._device if device is None else check_device(device), arguments, out)
         if out is None:
             return self._batches.assemble(list(map(_to_tensor, self._core.sample_fresh(*arguments))))
-        self._core.sample(*arguments, self._batches.addresses(out, arguments[0]))
+        leaves = self._batches.leaves(out)
+        if not self._core.sample_into(*arguments, leaves):
+            addresses = self._batches.check_out(leaves, arguments[0])
+            self._core.remember(arguments[0], leaves, torch.Tensor.data_ptr, torch.Tensor.numel)
+            self._core.sample(*arguments, addresses)
         return out
 
     def _sample_arguments(

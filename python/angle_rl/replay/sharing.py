@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from multiprocessing import reduction, util
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
+import numpy as np
+
 from angle_rl import _core
 from angle_rl.schema import Schema, from_json, to_json
 
