@@ -168,6 +168,24 @@ def test_every_argument_comes_back_as_it_is_now(tmp_path):
         loaded.sample(65)
 
 
+def test_numbers_of_numpy_as_options_come_back(tmp_path):
+    source = PrioritizedReplayBuffer(
+        np.int64(64),
+        SCHEMA,
+        seed=np.uint64(2**63),
+        priority_epsilon=np.float32(0.1),
+        default_priority=np.float64(2),
+        importance_exponent=np.float32(0.3),
+        discount=np.float32(0.5),
+        n_step=np.int32(2),
+    )
+    source.insert(*rows(np.arange(40)))
+    source.save(tmp_path / "a")
+    loaded = PrioritizedReplayBuffer.load(tmp_path / "a")
+    assert loaded._options() == source._options()
+    assert_same_future(source, loaded, 20, insert_some)
+
+
 def test_shared_successors_and_stacks_come_back(tmp_path):
     images = {"observations": ((4, 6, 5), np.uint8), "actions": ((), np.int64)}
     source = ReplayBuffer(50, images, frame_stack=4, n_step=3, seed=4)

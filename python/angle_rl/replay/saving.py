@@ -39,7 +39,7 @@ def save(self: Any, path: PathLike) -> Path:
         "byte_order": sys.byteorder,
         "schema": to_json(self.schema),
         "slots": len(parts["records"]) // core.record_bytes,
-        "options": {name: value for name, value in self._options().items() if not callable(value)},
+        "options": sharing.portable(self._options()),
     }
     before = mark(core)
     return files.write(path, facts, parts, check_source=lambda: require_unchanged(core, before, f"save to {path}"))

@@ -77,8 +77,9 @@ def _absolute(path: Any) -> str:
 
 
 def portable(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that mean the same in any process: without those that are functions."""
-    return {name: value for name, value in options.items() if not callable(value)}
+    """The options that mean the same in any process: without functions, NumPy's numbers as Python's."""
+    plain = {name: value for name, value in options.items() if not callable(value)}
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in plain.items()}
 
 
 def describe(schema: Schema, prioritized: bool, options: Mapping[str, Any]) -> str:
@@ -91,15 +92,7 @@ def describe(schema: Schema, prioritized: bool, options: Mapping[str, Any]) -> s
             "options": portable(options),
         },
         allow_nan=False,
-        default=_plain,
     )
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's numbers, which options may be, as Python's."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{value!r} is no option of a buffer")
 
 
 def understand(text: str, prioritized: bool) -> tuple[Schema, dict[str, Any]]:
