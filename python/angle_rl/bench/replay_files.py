@@ -107,7 +107,7 @@ def file_rows(capacity: int, folder: Path, repeats: int) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark with these arguments (default: the process's) and returns the exit status."""
-    parser = argparse.ArgumentParser(prog="angle bench replay_files", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m angle_rl.bench.replay_files", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
     parser.add_argument("--capacity", type=int, default=1_000_000, help="rows of the buffer, all filled")
     parser.add_argument("--repeats", type=int, default=15, help="rounds")
