@@ -173,7 +173,7 @@ def test_bad_handles_are_named_and_nothing_is_removed(kind, handles, error, mess
     assert len(buffer.sample(100, replacement=False).handles) == 100
 
 
-def test_options_may_be_numbers_of_numpy():
+def test_options_may_be_numbers_of_numpy(tmp_path):
     buffer = PrioritizedReplayBuffer(
         np.int64(8),
         SCHEMA,
@@ -188,3 +188,4 @@ def test_options_may_be_numbers_of_numpy():
     )
     buffer.insert(*rows([1, 2]))
     assert buffer.sample(4).discounts.max() == 0.5
+    assert PrioritizedReplayBuffer.load(buffer.save(tmp_path / "replay")).discount == 0.5

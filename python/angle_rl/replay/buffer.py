@@ -140,6 +140,8 @@ class ReplayBuffer:
     # ---- making and opening ----
 
     def _create(self, schema: Schema, options: dict[str, Any], place: Place) -> None:
+        # NumPy's numbers as Python's, since descriptions and saved files have those.
+        options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
         capacity = check_integer("capacity", options["capacity"], 1, 2**63 - 1)
         seed = check_integer("seed", options["seed"], 0, 2**64 - 1)
         share = shares_successors(schema, options["share_successors"], options["frame_stack"])
