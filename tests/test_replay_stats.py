@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from replay_rows import SCHEMA, filled, rows
@@ -94,6 +96,18 @@ def test_the_mean_age_of_sampled_rows_is_exact(kind):
     one.insert(*rows([0]))
     one.sample(7)
     assert one.stats()["mean_sampled_age"] == 1.0
+
+
+def test_batches_that_nobody_took_do_not_count():
+    buffer, twin = filled(8, 8), filled(8, 8)
+    with buffer.prefetch(4, depth=5) as batches:
+        next(batches)
+        for _ in range(10_000):
+            if buffer.stats()["samples"] == 6 * 4:  # the one that was taken and five that are ready
+                break
+            time.sleep(0.001)
+    twin.sample(4)
+    assert buffer.stats() == twin.stats()
 
 
 def damaged_sum(buffer: PrioritizedReplayBuffer) -> np.ndarray:

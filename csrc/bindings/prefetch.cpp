@@ -17,6 +17,7 @@ struct Prefetch::State {
     uint64_t name;
     uint64_t call;  // of Replay::sample
     size_t n;
+    uint64_t ages;
   };
 
   explicit State(std::shared_ptr<Replay> replay_in) : replay(std::move(replay_in)), owner(getpid()) {}
@@ -29,16 +30,16 @@ struct Prefetch::State {
       const Job job = std::move(jobs.front());
       jobs.pop_front();
       lock.unlock();
-      uint64_t call = 0;
+      uint64_t call = 0, ages = 0;
       std::exception_ptr thrown;
       try {
-        call = draw(*replay, job.request, job.addresses.data());
+        call = draw(*replay, job.request, job.addresses.data(), &ages);
       } catch (...) {
         thrown = std::current_exception();
       }
       lock.lock();
       if (thrown == nullptr) {
-        ready.push_back({job.name, call, job.request.n});
+        ready.push_back({job.name, call, job.request.n, ages});
       } else {
         failure = thrown;
         jobs.push_front(job);
@@ -126,7 +127,11 @@ void Prefetch::stop() {
   if (s.thread.joinable()) s.thread.join();
   const std::scoped_lock lock(s.mutex);
   s.jobs.clear();
-  while (!s.ready.empty() && s.replay->return_call(s.ready.back().call, s.ready.back().n)) s.ready.pop_back();
+  while (!s.ready.empty()) {
+    const State::Ready& newest = s.ready.back();
+    if (!s.replay->return_call(newest.call, newest.n, newest.ages)) break;
+    s.ready.pop_back();
+  }
   s.ready.clear();
 }
 

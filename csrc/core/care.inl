@@ -141,13 +141,14 @@ ReplayStats ReplayT<Access>::stats() const {
 }
 
 template <class Access>
-bool ReplayT<Access>::return_call(uint64_t call, size_t n) {
+bool ReplayT<Access>::return_call(uint64_t call, size_t n, uint64_t ages) {
   SegmentHeader& h = header();
   uint64_t next = call + 1;
   if (!word(h.sample_calls).compare_exchange_strong(next, call, std::memory_order_relaxed, std::memory_order_relaxed)) {
     return false;
   }
   word(h.samples).fetch_sub(n, std::memory_order_relaxed);
+  word(h.ages).fetch_sub(ages, std::memory_order_relaxed);
   return true;
 }
 

@@ -67,6 +67,7 @@ struct SampleOut {
   float* importance_weights;  // [n]
   int64_t* handles;           // [n]
   int64_t* steps;             // [n] rewards summed
+  uint64_t* ages = nullptr;   // one number: the tickets issued since each row's own, added up; for return_call
 };
 
 // What one row holds beside its fields.
@@ -141,8 +142,9 @@ class ReplayT {
   ReplayStats stats() const;
 
   // Takes back the sample call of this number, whose n rows nobody has seen, so that the next call draws in its place.
+  // ages: as the call wrote it.
   // Returns false, and changes nothing, when a later call has drawn. O(1). Any thread. Wait-free.
-  bool return_call(uint64_t call, size_t n);
+  bool return_call(uint64_t call, size_t n, uint64_t ages = 0);
 
   // The integer weight of each slot, [capacity]. Exact when no call is under way. O(capacity). Any thread.
   void read_weights(int64_t* out) const;

@@ -329,6 +329,7 @@ uint64_t ReplayT<Access>::sample(const SampleRequest& request, const SampleOut& 
   const uint64_t issued = next_ticket();
   uint64_t ages = issued * n;
   for (size_t i = 0; i < n; ++i) ages -= static_cast<uint64_t>(out.handles[i]);
+  if (out.ages != nullptr) *out.ages = ages;
   word(h.ages).fetch_add(ages, std::memory_order_relaxed);
   word(h.samples).fetch_add(n, std::memory_order_relaxed);
   return call;
