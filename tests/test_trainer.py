@@ -482,6 +482,8 @@ def test_contradictions_are_refused(tmp_path):
     box = {"observation_space": walk_feed().observation_space, "action_space": BOX}
     with pytest.raises(ValueError, match=r"replay has discount 0\.9.*0\.99"):
         AgentTrainer(config, walk_feed(), replay=PrioritizedReplayBuffer(10, **box, discount=0.9))
+    with pytest.raises(ValueError, match=r"replay has n_step 3, the config 1"):
+        AgentTrainer(config, walk_feed(), replay=PrioritizedReplayBuffer(10, **box, n_step=3))
     with pytest.raises(ValueError, match="uniform"):
         AgentTrainer(config, walk_feed(), replay=ReplayBuffer(10, **box))
     with pytest.raises(TypeError, match="meta"):

@@ -57,6 +57,7 @@ class Hyperparameters:
     entropy_learning_rate: Positive | None = None  # SAC, for the entropy coefficient; None: learning_rate
     batch_size: Count = 256  # transitions per update
     discount: Share = 0.99  # factor per environment step on what comes later
+    n_step: Count = 1  # rewards summed before the bootstrap value
     tau: PositiveShare = 0.005  # per update: target <- tau * online + (1 - tau) * target
     learning_starts: Steps = 1_000  # environment steps of uniform random actions without an update
     updates_per_step: Positive = 1.0  # updates per environment step; 0.5: one every second step

@@ -52,7 +52,7 @@ class AgentTrainer:
         feed: where transitions come from: what `make_feed` takes; None: the config's `environment`.
         policy: a PolicyModel in place of the agent's own.
         critics: a module ``(observations, actions) -> q  [critics, batch]`` in place of TwinQ.
-        replay: a buffer in place of a new one; its discount must be the config's.
+        replay: a buffer in place of a new one; its discount and n_step must be the config's.
         meta: has `update_meta_learning_model(states, q)`, called every `meta_update_interval` steps with the
             newest batch's observations and q values ``[critics, batch]``.
         agent: an Agent in place of the config's.

@@ -246,6 +246,7 @@ def make_replay(
             hyperparameters.replay_capacity,
             observation_space=observation_space,
             action_space=action_space,
+            n_step=hyperparameters.n_step,
             discount=hyperparameters.discount,
             seed=seed,
         )
@@ -256,6 +257,7 @@ def make_replay(
         priority_exponent=hyperparameters.priority_exponent,
         importance_exponent=hyperparameters.importance_exponent,
         priority_epsilon=hyperparameters.priority_epsilon,
+        n_step=hyperparameters.n_step,
         discount=hyperparameters.discount,
         seed=seed,
     )
@@ -267,10 +269,10 @@ def check_replay(replay: Any, config: AgentConfig) -> None:
     for name in ("insert", "sample", "discount"):
         if not hasattr(replay, name):
             raise TypeError(f"replay is a {type(replay).__name__}, which has no {name}; it must be a ReplayBuffer")
-    if replay.discount != hyperparameters.discount:
-        raise ValueError(
-            f"replay has discount {replay.discount}, the config {hyperparameters.discount}; they must agree"
-        )
+    for name in ("discount", "n_step"):
+        own, configured = getattr(replay, name, 1), getattr(hyperparameters, name)
+        if own != configured:
+            raise ValueError(f"replay has {name} {own}, the config {configured}; they must agree")
     kind = "prioritized" if hasattr(replay, "update_priorities") else "uniform"
     if kind != hyperparameters.replay:
         raise ValueError(f"replay is {kind} and the config says {hyperparameters.replay!r}; they must agree")
