@@ -27,11 +27,14 @@ std::shared_ptr<Replay> filled() {
 }
 
 std::vector<uint8_t*> places(Drawn& drawn) {
-  auto out = drawn.rows.out();
-  out.push_back(reinterpret_cast<uint8_t*>(drawn.discounts.data()));
-  out.push_back(reinterpret_cast<uint8_t*>(drawn.importance_weights.data()));
-  out.push_back(reinterpret_cast<uint8_t*>(drawn.handles.data()));
-  out.push_back(reinterpret_cast<uint8_t*>(drawn.steps.data()));
+  const auto fields = drawn.rows.out();
+  std::vector<uint8_t*> out(fields.size() + 4);
+  for (size_t f = 0; f < fields.size(); ++f) out[f] = fields[f];
+  uint8_t** const rest = out.data() + fields.size();
+  rest[0] = reinterpret_cast<uint8_t*>(drawn.discounts.data());
+  rest[1] = reinterpret_cast<uint8_t*>(drawn.importance_weights.data());
+  rest[2] = reinterpret_cast<uint8_t*>(drawn.handles.data());
+  rest[3] = reinterpret_cast<uint8_t*>(drawn.steps.data());
   return out;
 }
 
