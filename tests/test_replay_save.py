@@ -472,3 +472,15 @@ def test_neither_saving_nor_loading_takes_memory(tmp_path):
     assert saving < 20e6  # of 200e6
     assert loading < 20e6
     assert all(word not in done.stderr for word in itertools.chain(["Error", "Warning"]))
+
+
+def test_a_buffer_with_a_dead_writers_slot_is_mended_before_it_is_saved(tmp_path):
+    buffer = filled()
+    header = buffer._core.parts()["header"].view(np.uint64)
+    header[np.flatnonzero(header == buffer._core.next_ticket)[0]] += 1  # as if a writer had taken a ticket and died
+    with pytest.raises(RuntimeError, match="after repair"):
+        buffer.save(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+    buffer.repair()
+    buffer.save(tmp_path / "a")
+    assert len(PrioritizedReplayBuffer.load(tmp_path / "a")) == len(buffer)

@@ -376,6 +376,7 @@ class PyReplay {
 
   uint64_t size() const { return replay_->size(); }
   uint64_t next_ticket() const { return replay_->next_ticket(); }
+  bool inserts_are_done() const { return replay_->inserts_are_done(); }
   uint64_t capacity() const { return replay_->capacity(); }
   uint64_t bytes() const { return replay_->bytes(); }
   size_t pooled_bytes() const { return maker_->pool().free_bytes(); }
@@ -507,6 +508,7 @@ void bind_replay(py::module_& m) {
       .def("restore", &PyReplay::restore, py::arg("header"), py::arg("index"), py::arg("records"))
       .def("sums_are_exact", &PyReplay::sums_are_exact)
       .def("default_weight", &PyReplay::default_weight)
+      .def("inserts_are_done", &PyReplay::inserts_are_done)
       .def_property_readonly("descriptor", &PyReplay::descriptor)
       .def_property_readonly("stack", &PyReplay::stack)
       .def(

@@ -123,6 +123,13 @@ uint64_t ReplayT<Access>::size() const {
 }
 
 template <class Access>
+bool ReplayT<Access>::inserts_are_done() const {
+  SegmentHeader& h = header();
+  return next_ticket() == word(shares() ? h.opened : h.inserts).load(std::memory_order_relaxed) +
+                              word(h.busy_slots).load(std::memory_order_relaxed);
+}
+
+template <class Access>
 ReplayStats ReplayT<Access>::stats() const {
   SegmentHeader& h = header();
   const auto read = [](uint64_t& counter) { return word(counter).load(std::memory_order_relaxed); };

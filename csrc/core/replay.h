@@ -140,6 +140,9 @@ class ReplayT {
   const SegmentLayout& layout() const { return layout_; }
   const Memory& memory() const { return memory_; }
   ReplayStats stats() const;
+  // Whether every ticket issued has become a record or been given up: false while rows are being inserted, and after a
+  // process died doing so. O(1). Any thread.
+  bool inserts_are_done() const;
 
   // Takes back the sample call of this number, whose n rows nobody has seen, so that the next call draws in its place.
   // ages: as the call wrote it.

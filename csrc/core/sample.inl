@@ -312,10 +312,8 @@ uint64_t ReplayT<Access>::sample(const SampleRequest& request, const SampleOut& 
   Scratch& s = scratch(n, tree_.top_nodes());
   s.rows.clear();
   const int64_t total = prioritized() ? tree_.top_prefix(s.prefix.data()) : static_cast<int64_t>(slots);
-  const bool at_rest = next_ticket() == word(shares() ? h.opened : h.inserts).load(std::memory_order_relaxed) +
-                                            word(h.busy_slots).load(std::memory_order_relaxed);
   // The total may have gone to 0 under an update that adds later; only the leaves can tell.
-  if (total <= 0 && at_rest && !choose_by_scan(0, 0, nullptr, s)) {
+  if (total <= 0 && inserts_are_done() && !choose_by_scan(0, 0, nullptr, s)) {
     throw NothingToSample("no row of the buffer has positive weight; nothing can be sampled");
   }
   const uint64_t call = word(h.sample_calls).fetch_add(1, std::memory_order_relaxed);

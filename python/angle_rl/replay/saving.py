@@ -29,7 +29,8 @@ def save(self: Any, path: PathLike) -> Path:
     left behind is removed.
 
     Raises:
-        RuntimeError: another call inserted, sampled, updated or removed meanwhile; there is no new file then.
+        RuntimeError: another call inserted, sampled, updated or removed meanwhile, or a process died inserting and
+            :meth:`repair` was not called since; there is no new file then.
         ReplayFileError: ``path`` exists and is no replay file.
     """
     core: _core.Replay = self._core
@@ -42,6 +43,10 @@ def save(self: Any, path: PathLike) -> Path:
         "options": sharing.portable(self._options()),
     }
     before = mark(core)
+    if not core.inserts_are_done():
+        raise RuntimeError(
+            f"save to {path}: rows are being inserted, or a process died inserting; save at rest, after repair()"
+        )
     return files.write(path, facts, parts, check_source=lambda: require_unchanged(core, before, f"save to {path}"))
 
 
