@@ -267,12 +267,14 @@ uint64_t ReplayT<Access>::add_sharing_row(Writer& writer, const InsertRows& rows
   const Place at = open != 0 && resume(found, rows, row) ? found : hold_stack(writer, rows, row, false, false);
   const RowWeight own = weigh(writer, rows, row);
   write_fields(at.slot, rows, row);
-  word_at(at.slot, RecordLayout::kHead)
-      .store(RecordHead::of(at.lap, stream, RecordHead::kRow | flags), std::memory_order_release);
   word_at(at.slot, RecordLayout::kPriority).store(RecordPriority::of(own.priority, at.lap), std::memory_order_release);
   const Place next = continues(rows, row) ? hold(writer, rows, row, true, record_.stack - 1, at.ticket, true)
                                           : hold_stack(writer, rows, row, true, true);
   word_at(at.slot, RecordLayout::kNext).store(next.ticket, std::memory_order_release);
+  // Last of the record, release: a window that meets the row before it is published, and reads here first that it is
+  // one, finds its reward and its link.
+  word_at(at.slot, RecordLayout::kHead)
+      .store(RecordHead::of(at.lap, stream, RecordHead::kRow | flags), std::memory_order_release);
   tail.store(flags != 0 ? 0 : next.ticket + 1, std::memory_order_release);
   publish(writer, at, own);
   // The ring may have passed the record while it was busy and then taken the successor's: nobody would overwrite this

@@ -77,6 +77,7 @@ struct RecordPriority {
   }
   static float value(uint64_t word) { return std::bit_cast<float>(static_cast<uint32_t>(word >> 32)); }
   static bool has_lap(uint64_t word, uint64_t lap) { return (word & 0xFFFFFFFF) == (lap & 0xFFFFFFFF); }
+  static bool is_before(uint64_t word, uint64_t lap) { return static_cast<int32_t>((lap - word) & 0xFFFFFFFF) > 0; }
 };
 
 // The tree's shape: leaves in groups of 2**shift[0], those in groups of 2**shift[1], ... up to at most kMaxTop nodes.

@@ -149,8 +149,13 @@ void ReplayT<Access>::sync_leaf(const Place& at, bool computed) {
     const PriorityMap map = priority_map();
     uint64_t found = leaf.load(std::memory_order_acquire), next = 0;
     if (!RecordPriority::has_lap(seen, at.lap)) {  // a store that came too late for the slot's row before
-      seen = RecordPriority::of(map.priority(code.weight(found)), at.lap);
-      if (code.has_lap(found, at.lap)) priority.store(seen, std::memory_order_release);
+      if (!code.has_lap(found, at.lap) || !code.is_row(found)) return;
+      const uint64_t mended = RecordPriority::of(map.priority(code.weight(found)), at.lap);
+      // Swapped, as a newer priority may be on its way.
+      if (!priority.compare_exchange_strong(seen, mended, std::memory_order_acq_rel, std::memory_order_acquire)) {
+        continue;
+      }
+      seen = mended;
     }
     const uint64_t weight = map.weight(RecordPriority::value(seen));
     do {
@@ -261,9 +266,12 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
       deltas.add(at.slot, static_cast<int64_t>(s.weights[i]) - static_cast<int64_t>(old_weight));
       if (old_weight != 0) change_bucket(code.state(found), old_weight, -1);
       if (s.weights[i] != 0) change_bucket(LeafCode::kComputed, s.weights[i], +1);
-      const uint64_t now = priority.load(std::memory_order_acquire);
+      uint64_t now = priority.load(std::memory_order_acquire);
       if (now != own) [[unlikely]] {  // another update of this row came in between, or one too late for the row before
-        if (!RecordPriority::has_lap(now, at.lap)) priority.store(own, std::memory_order_release);
+        // Not where the slot's next row is there already: its priority stays.
+        if (RecordPriority::is_before(now, at.lap)) {
+          priority.compare_exchange_strong(now, own, std::memory_order_acq_rel, std::memory_order_relaxed);
+        }
         sync_leaf(at, true);
       }
     }
@@ -338,10 +346,13 @@ void ReplayT<Access>::set_priority_exponent(double exponent) {
         if (code.lap(s.words[i]) == 0 || !code.is_row(s.words[i])) continue;
         s.bits[i] = word_at(first + i, RecordLayout::kPriority).load(std::memory_order_acquire);
         s.slots[i] = RecordHead::lap(word_at(first + i, RecordLayout::kHead).load(std::memory_order_acquire));
-        if (!RecordPriority::has_lap(s.bits[i], s.slots[i])) {  // lost to a store too late for the row before
-          s.bits[i] = RecordPriority::of(before.priority(code.weight(s.words[i])), s.slots[i]);
-          if (code.has_lap(tree_.leaf(first + i).load(std::memory_order_acquire), s.slots[i])) {
-            word_at(first + i, RecordLayout::kPriority).store(s.bits[i], std::memory_order_release);
+        // Lost to a store too late for the row before. The leaf was read first, so what is there came after the row's
+        // own priority; and it is swapped, as a newer priority may be on its way.
+        while (code.has_lap(s.words[i], s.slots[i]) && !RecordPriority::has_lap(s.bits[i], s.slots[i])) {
+          const uint64_t mended = RecordPriority::of(before.priority(code.weight(s.words[i])), s.slots[i]);
+          if (word_at(first + i, RecordLayout::kPriority)
+                  .compare_exchange_strong(s.bits[i], mended, std::memory_order_acq_rel, std::memory_order_acquire)) {
+            s.bits[i] = mended;
           }
         }
         s.reals[i] = static_cast<double>(RecordPriority::value(s.bits[i])) + map.epsilon;
