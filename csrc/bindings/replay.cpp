@@ -28,6 +28,7 @@
 #include "bindings/race.h"
 #include "bindings/replay_state.h"
 #include "bindings/row_reader.h"
+#include "bindings/tensors.h"
 
 namespace py = pybind11;
 
@@ -36,50 +37,6 @@ namespace {
 
 // Letting the lock go and taking it back costs other threads' turn; it pays around work of 50 us and more.
 constexpr size_t kLongWorkBytes = 512 * 1024;
-
-// A short list, on the heap only when it is longer than usual.
-template <class T>
-class Few {
- public:
-  explicit Few(size_t count) {
-    if (count > few_.size()) many_.resize(count);
-  }
-  T* data() { return many_.empty() ? few_.data() : many_.data(); }
-
- private:
-  std::array<T, 16> few_;
-  std::vector<T> many_;
-};
-
-// DLPack's code of one of NumPy's kinds.
-uint8_t dl_code(char kind) {
-  switch (kind) {
-    case 'i':
-      return 0;
-    case 'u':
-      return 1;
-    case 'c':
-      return 5;
-    case 'b':
-      return 6;
-    default:
-      return 2;
-  }
-}
-
-// Owns the tensor until a consumer takes it over, which it says by giving the capsule another name.
-PyObject* to_capsule(DLManagedTensor* tensor) {
-  PyObject* const capsule = PyCapsule_New(tensor, "dltensor", [](PyObject* self) {
-    if (!PyCapsule_IsValid(self, "dltensor")) return;
-    auto* const owned = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(self, "dltensor"));
-    owned->deleter(owned);
-  });
-  if (capsule == nullptr) {
-    tensor->deleter(tensor);
-    throw py::error_already_set();
-  }
-  return capsule;
-}
 
 // Name, dtype, shape and frames of one field.
 using FieldSpec = std::tuple<std::string, py::dtype, std::vector<py::ssize_t>, uint32_t>;

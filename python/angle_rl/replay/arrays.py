@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from angle_rl.schema import Schema, flatten
 from angle_rl.types import Array
 
 
@@ -129,3 +130,40 @@ def handle_tensor(handles: Any) -> torch.Tensor:
     if tensor.dim() != 1:
         raise ValueError(f"handles has the shape {tuple(tensor.shape)}; it must be (n,)")
     return tensor.to(torch.int64)
+
+
+def convert_rows(
+    schema: Schema,
+    observations: Any,
+    actions: Any,
+    rewards: Any,
+    next_observations: Any,
+    terminated: Any,
+    truncated: Any,
+    streams: Any,
+    priorities: Any,
+) -> tuple[Any, ...]:
+    """The arguments of ``insert`` as the core takes them: contiguous, of the schema's dtypes, checked."""
+    values: list[Any] = []
+    flatten("observations", schema.observation_structure, observations, values)
+    flatten("actions", schema.action_structure, actions, values)
+    values.append(rewards)
+    flatten("next_observations", schema.observation_structure, next_observations, values)
+    first, first_field = as_array("observations", values[0]), schema.observations[0]
+    batched = first.ndim == len(first_field.shape) + 1
+    n = first.shape[0] if batched else 1
+
+    def of_rows(name: str, value: Any, dtype: type) -> Array | None:
+        return None if value is None else column(name, value, (), np.dtype(dtype), n, batched)
+
+    columns = tuple(
+        column(f.name, value, f.shape, f.dtype, n, batched) for f, value in zip(schema.fields, values, strict=True)
+    )
+    graded = of_rows("priorities", priorities, np.float64)
+    return (
+        columns,
+        column("terminated", terminated, (), np.dtype(np.bool_), n, batched),
+        of_rows("truncated", truncated, np.bool_),
+        of_rows("streams", streams, np.int64),
+        None if graded is None else as_priorities(graded),
+    )

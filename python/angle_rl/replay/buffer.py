@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -13,21 +12,19 @@ import torch
 from angle_rl import _core
 from angle_rl.replay import export, saving, sharing
 from angle_rl.replay.arrays import (
-    as_array,
-    as_priorities,
     check_device,
     check_flag,
     check_integer,
     check_number,
-    column,
+    convert_rows,
     handle_tensor,
     require_memory,
 )
 from angle_rl.replay.batches import BatchLayout
-from angle_rl.replay.images import frames_of, shares_successors
+from angle_rl.replay.images import frames_of, record_bytes, shares_successors
 from angle_rl.replay.prefetch import Prefetcher
 from angle_rl.replay.sharing import Place
-from angle_rl.schema import Schema, flatten, make_schema
+from angle_rl.schema import Schema, make_schema
 from angle_rl.types import Array, Batch
 
 ImportanceExponent: TypeAlias = "float | Callable[[int], float]"
@@ -46,13 +43,6 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {  # of attributes, so that a draw ne
     "stratified": lambda value: check_flag("stratified", value),
     "replacement": lambda value: check_flag("replacement", value),
 }
-
-
-def _record_bytes(schema: Schema, share: bool, frames: Sequence[int]) -> int:
-    """About what one row takes, as Python's integers have it: shapes may be beyond all memory."""
-    kept = schema.fields[: -len(schema.observations)] if share else schema.fields
-    sizes = [math.prod(f.shape) * f.dtype.itemsize // k for f, k in zip(kept, frames, strict=False)]
-    return (24 + sum(sizes) + 63) // 64 * 64 + 9  # the header before, whole cache lines, the leaf and its sums
 
 
 class ReplayBuffer:
@@ -148,7 +138,7 @@ class ReplayBuffer:
         frames = frames_of(schema, options["frame_stack"], share)
         options |= {"share_successors": share}
         if place.kind != "file":
-            require_memory(capacity, _record_bytes(schema, share, frames))
+            require_memory(capacity, record_bytes(schema, share, frames))
         self._configure(schema, options, place)
         meta = sharing.describe(schema, self._prioritized, options)
         self._core = _core.Replay(
@@ -352,43 +342,10 @@ class ReplayBuffer:
             )
             if handles is not None:
                 return handles
-        return self._insert_checked(
-            observations, actions, rewards, next_observations, terminated, truncated, streams, priorities
-        )
-
-    def _insert_checked(
-        self,
-        observations: Any,
-        actions: Any,
-        rewards: Any,
-        next_observations: Any,
-        terminated: Any,
-        truncated: Any,
-        streams: Any,
-        priorities: Any,
-    ) -> Array:
-        schema = self.schema
-        values: list[Any] = []
-        flatten("observations", schema.observation_structure, observations, values)
-        flatten("actions", schema.action_structure, actions, values)
-        values.append(rewards)
-        flatten("next_observations", schema.observation_structure, next_observations, values)
-        first, first_field = as_array("observations", values[0]), schema.observations[0]
-        batched = first.ndim == len(first_field.shape) + 1
-        n = first.shape[0] if batched else 1
-        columns = tuple(
-            column(f.name, value, f.shape, f.dtype, n, batched) for f, value in zip(schema.fields, values, strict=True)
-        )
-        flag = np.dtype(np.bool_)
-        ended = column("terminated", terminated, (), flag, n, batched)
-        cut = None if truncated is None else column("truncated", truncated, (), flag, n, batched)
-        if streams is not None:
-            streams = column("streams", streams, (), np.dtype(np.int64), n, batched)
-        if priorities is not None:
-            if not self._prioritized:
-                raise ValueError("priorities is given; a uniform buffer has none")
-            priorities = as_priorities(column("priorities", priorities, (), np.dtype(np.float64), n, batched))
-        handles: Array | None = self._core.insert(columns, ended, cut, streams, priorities)
+        if priorities is not None and not self._prioritized:
+            raise ValueError("priorities is given; a uniform buffer has none")
+        transition = (observations, actions, rewards, next_observations)
+        handles = self._core.insert(*convert_rows(self.schema, *transition, terminated, truncated, streams, priorities))
         if handles is None:
             raise RuntimeError("the core refused arrays that the facade had converted; please report this")
         return handles

@@ -1,7 +1,9 @@
-"""Which observations are images, and which are stacks of frames."""
+"""Which observations are images, which are stacks of frames, and what a row of them takes."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,3 +42,10 @@ def frames_of(schema: Schema, asked: Any, share: bool) -> list[int]:
     if len({k for k in frames if k > 1}) > 1:  # two guesses that differ: neither is sure
         frames = [1] * len(frames)
     return [*frames, *[1] * (len(schema.actions) + 1), *frames]
+
+
+def record_bytes(schema: Schema, share: bool, frames: Sequence[int]) -> int:
+    """About what one row takes, as Python's integers have it: shapes may be beyond all memory."""
+    kept = schema.fields[: -len(schema.observations)] if share else schema.fields
+    sizes = [math.prod(f.shape) * f.dtype.itemsize // k for f, k in zip(kept, frames, strict=False)]
+    return (24 + sum(sizes) + 63) // 64 * 64 + 9  # the header before, whole cache lines, the leaf and its sums
