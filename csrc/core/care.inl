@@ -169,8 +169,7 @@ void ReplayT<Access>::read_weights(int64_t* out) const {
 template <class Access>
 void ReplayT<Access>::read_histogram(int64_t* counts) const {
   for (size_t bucket = 0; bucket < kBuckets; ++bucket) {
-    counts[bucket] = word(header().buckets[0][bucket]).load(std::memory_order_relaxed) +
-                     word(header().buckets[1][bucket]).load(std::memory_order_relaxed);
+    counts[bucket] = live_rows(0, bucket) + live_rows(1, bucket);
   }
 }
 
@@ -298,7 +297,7 @@ std::vector<std::string> ReplayT<Access>::audit() const {
   uint64_t buckets = 0;
   for (size_t kind = 0; kind < 2; ++kind) {
     for (size_t bucket = 0; bucket < kBuckets; ++bucket) {
-      buckets += word(header().buckets[kind][bucket]).load(std::memory_order_relaxed) != truth.buckets[kind][bucket];
+      buckets += live_rows(kind, bucket) != truth.buckets[kind][bucket];
     }
   }
   report(buckets, "counts of rows by weight are off");
@@ -364,7 +363,9 @@ uint64_t ReplayT<Access>::repair() {
   size_t highest = 0;
   for (size_t kind = 0; kind < 2; ++kind) {
     for (size_t bucket = 0; bucket < kBuckets; ++bucket) {
-      put(word(h.buckets[kind][bucket]), truth.buckets[kind][bucket]);
+      const int64_t off = truth.buckets[kind][bucket] - live_rows(kind, bucket);
+      if (off != 0) word(h.buckets[0][kind][bucket]).fetch_add(off, std::memory_order_acq_rel);
+      mended += off != 0;
       if (kind == 1 && truth.buckets[1][bucket] != 0) highest = bucket;
     }
   }

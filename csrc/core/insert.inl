@@ -81,13 +81,14 @@ struct ReplayT<Access>::Writer {
   void flush(Run& run, bool computed) {
     if (run.by == 0) return;
     // seq_cst: partner of highest_bucket.
-    word(replay.header().buckets[computed][run.bucket]).fetch_add(run.by, std::memory_order_seq_cst);
+    word(replay.header().buckets[count_set][computed][run.bucket]).fetch_add(run.by, std::memory_order_seq_cst);
     if (computed && run.by > 0) replay.raise_highest(run.bucket);
     run.by = 0;
   }
 
   ReplayT& replay;
   const Default standard;
+  const size_t count_set = scratch(0, 0).count_set;
   typename PriorityTree<Access>::Deltas deltas;
   Place next{};
   uint64_t left = 0, given_up = 0, opened = 0, saturated = 0;

@@ -94,7 +94,7 @@ struct TreeShape {
 };
 
 constexpr uint32_t kStreams = 1u << 16;
-constexpr size_t kBuckets = 62 * 32;
+constexpr size_t kBuckets = 62 * 32, kCountSets = 8;
 
 // What new rows weigh.
 enum class DefaultPriority : uint64_t { kLiveMaximum, kHistoricMaximum, kGiven };
@@ -121,22 +121,25 @@ struct SegmentHeader {
 
   alignas(kLine) uint64_t next_ticket;
   alignas(kLine) uint64_t sample_calls;
-  alignas(kLine) uint64_t inserts;              // rows published
-  uint64_t busy_slots;                          // tickets given up because their slot was being written
-  uint64_t opened;                              // records begun with an observation alone, where successors are shared
-  uint64_t nan_observations;                    // rows whose observations hold a NaN
-  uint64_t rows;                                // rows that live, kept with shared successors only
-  alignas(kLine) uint64_t samples;              // rows returned
-  uint64_t retries;                             // draws repeated
-  uint64_t ages;                                // sum over rows returned of tickets issued since their own
-  alignas(kLine) uint64_t updates;              // priorities written
-  uint64_t refused_updates;                     // handles whose row was overwritten or removed
-  uint64_t saturated_weights;                   // weights cut to the largest that a leaf holds
-  uint64_t removed;                             // rows removed
-  alignas(kLine) uint64_t exponent;             // bits of the priority exponent, a float64
-  alignas(kLine) uint64_t highest_bucket;       // no bucket of computed weights above this one holds a row
-  uint64_t historic_maximum;                    // bits of the largest priority ever computed, a float32
-  alignas(kLine) int64_t buckets[2][kBuckets];  // live rows of positive weight, default and computed, by weight
+  alignas(kLine) uint64_t inserts;         // rows published
+  uint64_t busy_slots;                     // tickets given up because their slot was being written
+  uint64_t opened;                         // records begun with an observation alone, where successors are shared
+  uint64_t nan_observations;               // rows whose observations hold a NaN
+  uint64_t rows;                           // rows that live, kept with shared successors only
+  alignas(kLine) uint64_t samples;         // rows returned
+  uint64_t retries;                        // draws repeated
+  uint64_t ages;                           // sum over rows returned of tickets issued since their own
+  alignas(kLine) uint64_t updates;         // priorities written
+  uint64_t refused_updates;                // handles whose row was overwritten or removed
+  uint64_t saturated_weights;              // weights cut to the largest that a leaf holds
+  uint64_t removed;                        // rows removed
+  alignas(kLine) uint64_t exponent;        // bits of the priority exponent, a float64
+  alignas(kLine) uint64_t highest_bucket;  // no bucket of computed weights above this one holds a row
+  uint64_t historic_maximum;               // bits of the largest priority ever computed, a float32
+  // Live rows of positive weight, default and computed, by weight. A thread counts in one of several sets, so that
+  // those who insert and those who learn do not fight over the lines; a count is the sum over the sets, of which one
+  // alone may be negative.
+  alignas(kLine) int64_t buckets[kCountSets][2][kBuckets];
 };
 
 // The parts of a segment, in bytes from its start, each on a cache line of its own.

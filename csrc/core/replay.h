@@ -267,6 +267,7 @@ class ReplayT {
   void raise_highest(size_t bucket);
   void raise_historic(float priority);
   size_t highest_bucket() const;
+  int64_t live_rows(size_t computed, size_t bucket) const;
   uint64_t lowest_weight() const;
   void sync_leaf(const Place& at, bool computed);
   void change_weight(uint64_t slot, uint64_t old_leaf, uint64_t new_leaf);

@@ -1,13 +1,26 @@
 // One thread's working memory, kept from call to call so that a steady state allocates nothing.
 #pragma once
+#include <unistd.h>
+
+#include <atomic>
 #include <vector>
 
 #include "core/replay.h"
 
 namespace angle {
+namespace {
+
+// Threads take the sets of counts in turn; processes begin at different ones.
+inline size_t next_count_set() {
+  static std::atomic<size_t> taken{0};
+  return (taken.fetch_add(1, std::memory_order_relaxed) + static_cast<size_t>(getpid())) % kCountSets;
+}
+
+}  // namespace
 
 template <class Access>
 struct ReplayT<Access>::Scratch {
+  const size_t count_set = next_count_set();
   std::vector<int64_t> prefix, targets;
   std::vector<int64_t> tops;  // zeros between calls: an update's own changes of the top
   std::vector<uint64_t> bits, slots, words, headers, weights;

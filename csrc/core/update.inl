@@ -48,12 +48,12 @@ size_t ReplayT<Access>::highest_bucket() const {
   uint64_t mark = highest.load(std::memory_order_seq_cst);
   for (;;) {
     uint64_t found = mark;
-    while (found > 0 && word(h.buckets[1][found]).load(std::memory_order_relaxed) <= 0) --found;
+    while (found > 0 && live_rows(1, found) <= 0) --found;
     if (found == mark) return found;
     const uint64_t lowered_from = mark;
     if (!highest.compare_exchange_strong(mark, found, std::memory_order_seq_cst, std::memory_order_seq_cst)) continue;
     for (uint64_t bucket = lowered_from; bucket > found; --bucket) {
-      if (word(h.buckets[1][bucket]).load(std::memory_order_seq_cst) > 0) {
+      if (live_rows(1, bucket) > 0) {
         const_cast<ReplayT*>(this)->raise_highest(bucket);
         return bucket;
       }
@@ -62,12 +62,18 @@ size_t ReplayT<Access>::highest_bucket() const {
   }
 }
 
+// Rows of one kind in one bucket, over all sets. seq_cst: see highest_bucket.
+template <class Access>
+int64_t ReplayT<Access>::live_rows(size_t computed, size_t bucket) const {
+  int64_t rows = 0;
+  for (auto& counts : header().buckets) rows += word(counts[computed][bucket]).load(std::memory_order_seq_cst);
+  return rows;
+}
+
 template <class Access>
 uint64_t ReplayT<Access>::lowest_weight() const {
-  SegmentHeader& h = header();
   for (size_t bucket = 0; bucket < kBuckets; ++bucket) {
-    if (word(h.buckets[0][bucket]).load(std::memory_order_relaxed) > 0 ||
-        word(h.buckets[1][bucket]).load(std::memory_order_relaxed) > 0) {
+    if (live_rows(0, bucket) > 0 || live_rows(1, bucket) > 0) {
       return WeightBuckets::lower_edge(bucket);
     }
   }
@@ -83,7 +89,7 @@ typename ReplayT<Access>::Default ReplayT<Access>::default_weight() const {
   const auto kind = static_cast<DefaultPriority>(h.default_kind);
   if (kind == DefaultPriority::kLiveMaximum) {
     source = highest_bucket();
-    if (word(h.buckets[1][source]).load(std::memory_order_relaxed) <= 0) source = ~0ull;
+    if (live_rows(1, source) <= 0) source = ~0ull;
   } else if (kind == DefaultPriority::kHistoricMaximum) {
     source = word(h.historic_maximum).load(std::memory_order_relaxed);
   }
@@ -126,13 +132,13 @@ void ReplayT<Access>::change_weight(uint64_t slot, uint64_t old_leaf, uint64_t n
     typename PriorityTree<Access>::Deltas deltas(tree_);
     deltas.add(slot, static_cast<int64_t>(after) - static_cast<int64_t>(before));
   }
-  SegmentHeader& h = header();
+  auto& counts = header().buckets[scratch(0, 0).count_set];
   if (before != 0) {
-    word(h.buckets[code.state(old_leaf)][WeightBuckets::of(before)]).fetch_sub(1, std::memory_order_relaxed);
+    word(counts[code.state(old_leaf)][WeightBuckets::of(before)]).fetch_sub(1, std::memory_order_relaxed);
   }
   if (after != 0) {
     const size_t bucket = WeightBuckets::of(after);
-    word(h.buckets[code.state(new_leaf)][bucket]).fetch_add(1, std::memory_order_seq_cst);  // partner: highest_bucket
+    word(counts[code.state(new_leaf)][bucket]).fetch_add(1, std::memory_order_seq_cst);  // partner: highest_bucket
     if (code.state(new_leaf) == LeafCode::kComputed) raise_highest(bucket);
   }
 }
@@ -281,7 +287,7 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
     const int32_t by = s.bucket_changes[computed][bucket];
     s.bucket_changes[computed][bucket] = 0;
     if (by == 0) continue;
-    word(h.buckets[computed][bucket]).fetch_add(by, std::memory_order_seq_cst);  // partner: highest_bucket
+    word(h.buckets[s.count_set][computed][bucket]).fetch_add(by, std::memory_order_seq_cst);  // partner: highest_bucket
     if (by > 0 && computed != 0) raise_highest(bucket);
   }
   s.touched.clear();
