@@ -145,7 +145,7 @@ void Scheduler::prepare_run() {
   by_priority_ = random_.with_chance(128);
   constexpr uint32_t kChances[] = {4, 16, 64, 128};
   change_chance_ = kChances[random_.below(4)];
-  constexpr uint32_t kStale[] = {0, 16, 64, 128};
+  constexpr uint32_t kStale[] = {0, 32, 128, 224};
   stale_chance_ = exploration_.stale ? kStale[random_.below(4)] : 0;
   const uint64_t horizon = 1ull << (3 + random_.below(9));
   changes_ = random_.below(kMostChanges + 1);
@@ -224,27 +224,42 @@ uint32_t Scheduler::location_of(Cell cell) {
 // Which store a load reads.
 uint32_t Scheduler::readable(uint32_t number, bool sequential) {
   const Memory::Location& location = memory_.at(number);
-  uint32_t least = threads_[running_].view[number];
-  if (sequential) least = std::max(least, location.sequenced);
+  const uint32_t seen = threads_[running_].view[number];
+  const uint32_t least = location.index_of(sequential ? std::max(seen, location.sequenced) : seen);
   const uint32_t newest = location.newest();
   if (least == newest || stale_chance_ == 0 || !random_.with_chance(stale_chance_)) return newest;
-  if (random_.with_chance(128)) return least;
+  if (random_.with_chance(192)) return least;
   return least + static_cast<uint32_t>(random_.below(newest - least + 1));
 }
 
 void Scheduler::saw(Thread& thread, uint32_t number, uint32_t index, std::memory_order order) {
   Memory::Location& location = memory_.at(number);
-  thread.view[number] = std::max(thread.view[number], index);
-  if (order == std::memory_order_seq_cst) location.sequenced = std::max(location.sequenced, index);
   const Store& store = location.stores[index];
+  thread.view[number] = std::max(thread.view[number], store.time);
+  if (order == std::memory_order_seq_cst) location.sequenced = std::max(location.sequenced, store.time);
   if (acquires(order) && store.view_size != 0) memory_.join(thread.view, store);
 }
 
+// A store after all others, or, where the thread has not seen those and none is bound to its place, before some of
+// them.
 void Scheduler::put(Thread& thread, uint32_t number, uint64_t value, std::memory_order order, const Store* continued) {
-  const uint32_t index = memory_.at(number).newest() + 1;
-  thread.view[number] = index;
-  if (order == std::memory_order_seq_cst) memory_.at(number).sequenced = index;
-  memory_.add(number, value, releases(order) ? &thread.view : nullptr, continued);
+  Memory::Location& location = memory_.at(number);
+  uint32_t index = location.newest() + 1;
+  uint32_t time = memory_.time_before(number, index);
+  if (continued == nullptr && stale_chance_ != 0 && random_.with_chance(stale_chance_ / 2)) {
+    const bool sequential = order == std::memory_order_seq_cst;
+    const uint32_t seen = thread.view[number];
+    const uint32_t least = location.index_of(sequential ? std::max(seen, location.sequenced) : seen);
+    const uint32_t before = least + 1 + static_cast<uint32_t>(random_.below(location.newest() - least + 1));
+    const uint32_t between = memory_.time_before(number, before);
+    if (between != 0) {
+      index = before;
+      time = between;
+    }
+  }
+  thread.view[number] = time;
+  if (order == std::memory_order_seq_cst) location.sequenced = std::max(location.sequenced, time);
+  memory_.add(number, index, time, value, releases(order) ? &thread.view : nullptr, continued);
 }
 
 uint64_t Scheduler::own_value(Cell cell) {

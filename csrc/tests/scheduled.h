@@ -2,12 +2,12 @@
 // ScheduledWord is a point at which a seeded generator picks the thread that goes on and, for a load, which of the
 // values that the memory model still allows it sees. The same seed gives the same run.
 //
-// Memory model: each location keeps the list of its stores in the order in which they were made; each thread keeps a
-// view, the oldest store of every location that it may still read. A release store carries its thread's view, a
-// read-modify-write carries on the view of the store that it replaces, and an acquire load joins the view of the store
-// that it reads. A read-modify-write reads the newest store. Seq_cst operations on a location never read behind one
-// another; their total order is the order of execution. Not modelled: fences, stores that enter a location's order
-// before an older one, loads that read a store of the future, and torn words.
+// Memory model: each location keeps its stores in their order; each thread keeps a view, the oldest store of every
+// location that it may still read. A plain store comes after the stores in its thread's view, mostly last. A release
+// store carries its thread's view, a read-modify-write carries on the view of the store that it replaces, and an
+// acquire load joins the view of the store that it reads. A read-modify-write reads the newest store and stays next to
+// it. Seq_cst operations on a location never read or write behind one another; their total order is the order of
+// execution. Not modelled: fences, loads that read a store of the future, and torn words.
 #pragma once
 #include <atomic>
 #include <cstddef>

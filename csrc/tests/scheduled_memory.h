@@ -91,19 +91,27 @@ class Random {
 
 struct Store {
   uint64_t value;
+  uint32_t time;                // its place in the location's order
+  bool bound;                   // to the store before it, which it read
   uint32_t view_at, view_size;  // the released view in Memory::views_; size 0: none
 };
 
-using View = std::vector<uint32_t>;  // by location: the oldest store that may be read; missing: 0
+using View = std::vector<uint32_t>;  // by location: the time of the oldest store that may be read; missing: 0
 
 // The stores of all locations. Locations are numbered in the order of their first use, so nothing depends on addresses.
 class Memory {
  public:
   struct Location {
     Cell cell{};
-    uint32_t sequenced = 0;  // no seq_cst load reads an older store
-    std::vector<Store> stores;
+    uint32_t sequenced = 0;     // no seq_cst load reads a store from before this time
+    std::vector<Store> stores;  // in their order
     uint32_t newest() const { return static_cast<uint32_t>(stores.size() - 1); }
+    // The first store of this time or later.
+    uint32_t index_of(uint32_t time) const {
+      uint32_t index = newest();
+      while (index > 0 && stores[index - 1].time >= time) --index;
+      return index;
+    }
   };
 
   void clear() {
@@ -133,7 +141,7 @@ class Memory {
     location.cell = cell;
     location.sequenced = 0;
     location.stores.clear();
-    location.stores.push_back({read_raw(cell), 0, 0});
+    location.stores.push_back({read_raw(cell), 0, false, 0, 0});
     table_[at] = {address, epoch_, fresh};
     *number = fresh;
     return true;
@@ -141,10 +149,21 @@ class Memory {
 
   Location& at(uint32_t number) { return locations_[number]; }
 
-  // Adds a store, which becomes the newest, and writes it to the real memory. `released`: the view that it carries, or
-  // nullptr; `continued`: the store whose view it carries on, or nullptr.
-  void add(uint32_t number, uint64_t value, const View* released, const Store* continued) {
-    Store store{value, 0, 0};
+  // The time of a store to be put in before store `index`, or after the last one; 0: there is no room.
+  uint32_t time_before(uint32_t number, uint32_t index) const {
+    constexpr uint32_t kGap = 4096;
+    const Location& location = locations_[number];
+    const uint32_t before = location.stores[index - 1].time;
+    if (index == location.stores.size()) return before + kGap;
+    const uint32_t time = before + (location.stores[index].time - before) / 2;
+    return location.stores[index].bound || time == before ? 0 : time;
+  }
+
+  // Puts a store in before store `index`, or after the last one, and writes the newest to the real memory. `released`:
+  // the view that it carries, or nullptr; `continued`: the store that it read and whose view it carries on, or nullptr.
+  void add(uint32_t number, uint32_t index, uint32_t time, uint64_t value, const View* released,
+           const Store* continued) {
+    Store store{value, time, continued != nullptr, 0, 0};
     const uint32_t more = continued == nullptr ? 0 : continued->view_size;
     if (released == nullptr && more != 0) {
       store.view_at = continued->view_at;
@@ -160,8 +179,8 @@ class Memory {
       }
     }
     Location& location = locations_[number];
-    location.stores.push_back(store);
-    write_raw(location.cell, value);
+    location.stores.insert(location.stores.begin() + index, store);
+    write_raw(location.cell, location.stores.back().value);
   }
 
   void join(View& view, const Store& store) const {

@@ -111,6 +111,31 @@ TEST_CASE("store buffering by exchanges on acq_rel still misses") {
   CHECK(seen.count({0, 0}) == 1);
 }
 
+TEST_CASE("two writers of two words may both lose the first one, unless all is seq_cst or they have met") {
+  const auto finals = [](std::memory_order order, bool meet) {
+    std::set<std::pair<uint64_t, uint64_t>> seen;
+    uint64_t x = 0, y = 0, lock = 0;
+    explore(quiet(4000), [&](Run& run) {
+      x = y = lock = 0;
+      for (int thread = 0; thread < 2; ++thread) {
+        run.thread([&, thread, meet, order] {
+          if (meet && Word(&lock).exchange(1, kAcquire) != 0) return;
+          Word(thread == 0 ? &x : &y).store(1, order);
+          Word(thread == 0 ? &y : &x).store(2, order);
+          if (meet) Word(&lock).store(0, kRelease);
+        });
+      }
+      run.at_rest([&] { seen.insert({x, y}); });
+    });
+    return seen;
+  };
+  const std::pair<uint64_t, uint64_t> both{1, 1};
+  CHECK(finals(kRelaxed, false).count(both) == 1);
+  CHECK(finals(kRelease, false).count(both) == 1);
+  CHECK(finals(kSequential, false).count(both) == 0);
+  CHECK(finals(kRelaxed, true).count(both) == 0);
+}
+
 TEST_CASE("one location never goes backwards, two may") {
   std::set<std::pair<uint64_t, uint64_t>> seen;
   uint64_t x = 0, a = 0, b = 0;
