@@ -8,7 +8,7 @@ import pytest
 from angle_rl import _core
 from angle_rl.bench import goals, replay_atari, replay_processes
 from angle_rl.bench.libraries import Angle
-from angle_rl.bench.replay_cases import Settings
+from angle_rl.bench.replay_cases import Settings, insert_cases, prioritized_cases
 from angle_rl.bench.replay_checks import fill
 from angle_rl.bench.replay_plots import plot_all
 from angle_rl.bench.replay_processes import process_rows
@@ -47,6 +47,17 @@ def test_native_race_refuses_other_rows():
         Angle(8).buffer._core.race(_core.RaceOptions(batch=0))
     with pytest.raises(ValueError, match="buffer is empty"):
         Angle(8).buffer._core.race(_core.RaceOptions(inserters=0, seconds=0.1))
+
+
+def test_updates_are_of_rows_that_live(angle):
+    insert = insert_cases(angle, SETTINGS.capacity)[0]
+    cases = {case.operation: case for case in prioritized_cases(angle, SETTINGS.capacity, 256)}
+    insert.run(SETTINGS.capacity)  # overwrites every row
+    cases["update"].run(50)
+    assert angle.buffer.stats()["refused_updates"] == 0
+    insert.run(SETTINGS.capacity)
+    with pytest.raises(RuntimeError, match="priorities were refused"):
+        cases["update"].run(1)
 
 
 def test_threads(angle, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -74,6 +74,29 @@ def insert_cases(library: Library, capacity: int, extra: Mapping[str, Any] | Non
     ]
 
 
+def updating(library: Library, batch: int, errors: Iterator[Any]) -> Clock:
+    """The clock of new priorities for rows of earlier batches, which are drawn when it first runs.
+
+    So no insertion of another operation comes between: ours would refuse rows that have been overwritten, and refusing
+    costs less than updating. RuntimeError when it refuses any all the same.
+    """
+    update, handles = library.update, library.handles
+    known: list[Any] = []
+
+    def run(iterations: int) -> float:
+        if not known:  # copied, since a peer may hand out a view of memory that its next sample overwrites or frees
+            known.extend(copy.deepcopy(handles(library.sample(batch))) for _ in range(max(4, UPDATES * 256 // batch)))
+        batches = itertools.cycle(known)
+        seconds = clock(lambda: update(next(batches), next(errors)))(iterations)
+        if isinstance(library, Angle):
+            refused = sum(library.buffer.update_priorities(each, next(errors)) for each in known)
+            if refused:
+                raise RuntimeError(f"{library.name}: {refused} priorities were refused; their rows are gone")
+        return seconds
+
+    return run
+
+
 def prioritized_cases(library: Library, capacity: int, batch: int) -> list[Case]:
     """``sample``, ``update`` of random rows, and ``cycle``: insert 1, sample, update the sampled rows."""
     generator = np.random.default_rng(1)
@@ -82,10 +105,6 @@ def prioritized_cases(library: Library, capacity: int, batch: int) -> list[Case]
             library.ready_errors(generator.exponential(size=batch).astype(np.float32))
             for _ in range(max(4, 4096 // batch))
         ]
-    )
-    # Copied, since a peer may hand out a view of memory that its next sample overwrites or frees.
-    known = itertools.cycle(
-        [copy.deepcopy(library.handles(library.sample(batch))) for _ in range(max(4, UPDATES * 256 // batch))]
     )
     sample, update, handles = library.sample, library.update, library.handles
     insert = inserting(library, capacity)
@@ -97,7 +116,7 @@ def prioritized_cases(library: Library, capacity: int, batch: int) -> list[Case]
     gives = {"gives": library.gives}
     case = partial(Case, library=library.name, batch=batch, capacity=capacity, rows=library.shape.name)
     cases = [
-        case(operation="update", run=clock(lambda: update(next(known), next(errors)))),
+        case(operation="update", run=updating(library, batch, errors)),
         case(operation="sample", run=clock(lambda: sample(batch)), extra=gives),
         case(operation="cycle", run=clock(cycle)),
     ]
