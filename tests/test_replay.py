@@ -503,3 +503,16 @@ def test_sample_to_cuda():
     assert all(t.is_cuda for t in batch)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(batch, expected, strict=True))
     assert buffer.update_priorities(batch.handles, batch.rewards.abs()) == 0
+
+
+def test_a_stream_may_be_a_plain_number():
+    buffer = ReplayBuffer(8, SCHEMA)
+    observations, actions, rewards, successors, terminated = rows([3.0])
+    row = (observations[0], actions[0], float(rewards[0]), successors[0], bool(terminated[0]))
+    handle = buffer.insert(*row, streams=7)
+    assert buffer._core.rows(0, 1)[-4].tolist() == [7]
+    assert buffer.sample(2).handles.tolist() == [int(handle[0])] * 2
+    for bad in (-1, 65536, 2**70):
+        with pytest.raises((ValueError, OverflowError), match=r"streams|int"):
+            buffer.insert(*row, streams=bad)
+    assert len(buffer) == 1

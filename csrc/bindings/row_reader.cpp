@@ -51,7 +51,13 @@ bool RowReader::read(const py::tuple& columns, py::handle terminated, py::handle
   if (!truncated.is_none() && (rows.truncated = take_flags(truncated, n, single, one_truncated_)) == nullptr) {
     return false;
   }
-  if (!streams.is_none() && (rows.streams = take_vector<int64_t>(streams, n)) == nullptr) return false;
+  if (single && PyLong_CheckExact(streams.ptr())) {
+    one_stream_ = PyLong_AsLongLong(streams.ptr());
+    if (one_stream_ == -1 && PyErr_Occurred() != nullptr) PyErr_Clear();  // -1 is refused with all other such numbers
+    rows.streams = &one_stream_;
+  } else if (!streams.is_none() && (rows.streams = take_vector<int64_t>(streams, n)) == nullptr) {
+    return false;
+  }
   if (!priorities.is_none() && (rows.priorities = take_vector<float>(priorities, n)) == nullptr) return false;
   rows.n = static_cast<size_t>(n);
   rows.fields = pointers_.data();
@@ -61,10 +67,11 @@ bool RowReader::read(const py::tuple& columns, py::handle terminated, py::handle
 }
 
 void RowReader::hand_over(InsertRows& rows, Held& held) {
-  held = {std::exchange(columns_, {}), std::exchange(pointers_, {}), one_terminated_, one_truncated_};
+  held = {std::exchange(columns_, {}), std::exchange(pointers_, {}), one_terminated_, one_truncated_, one_stream_};
   rows.fields = held.pointers.data();
   if (rows.terminated == &one_terminated_) rows.terminated = &held.terminated;
   if (rows.truncated == &one_truncated_) rows.truncated = &held.truncated;
+  if (rows.streams == &one_stream_) rows.streams = &held.stream;
 }
 
 // Sets pointers_[f]; false: leave it to the facade.

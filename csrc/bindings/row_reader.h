@@ -33,6 +33,7 @@ class RowReader {
     std::vector<Column> columns;
     std::vector<const uint8_t*> pointers;
     uint8_t terminated, truncated;
+    int64_t stream;
   };
 
   // types: the schema's fields, observations first, their successors last, "rewards" among them.
@@ -61,6 +62,7 @@ class RowReader {
   std::vector<Column> columns_;
   std::vector<const uint8_t*> pointers_;
   uint8_t one_terminated_ = 0, one_truncated_ = 0;
+  int64_t one_stream_ = 0;
 };
 
 }  // namespace angle
