@@ -1,6 +1,6 @@
 """Faults that the native tests must find: each is a change of csrc's text and the test that fails on it.
 
-The promises are numbered as in the README's list of what the replay promises:
+What the replay promises, by number:
 1 rows are whole and had weight, 2 exact sums at rest, 3 draws are off by no more than the weight in flight,
 4 no priority on another row, 5 nobody waits, 6 reproducible, 7 a killed process costs only what it was writing.
 """
