@@ -243,3 +243,13 @@ def test_a_failed_save_leaves_the_old_npz(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["rows.npz"]
     with pytest.raises(ReplayFileError, match="is a folder"):
         filled(5).save_npz(tmp_path)
+
+
+def test_rows_of_weight_zero_are_exported():
+    buffer = PrioritizedReplayBuffer(8, SCHEMA, priority_epsilon=0.0)
+    handles = buffer.insert(*rows([1.0, 2.0, 3.0]))
+    buffer.update_priorities(handles[:1], np.zeros(1))
+    buffer.remove(handles[1:2])
+    arrays = buffer.export_arrays()
+    assert arrays["handles"].tolist() == [handles[0], handles[2]]
+    assert arrays["priorities"][0] == 0.0

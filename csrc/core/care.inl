@@ -184,6 +184,9 @@ void ReplayT<Access>::read_rows(uint64_t first, size_t n, uint8_t* const* fields
   for (size_t i = 0; i < n; ++i) {
     s.slots[i] = first + i;
     s.words[i] = tree_.leaf(first + i).load(std::memory_order_acquire);
+    // complete() leaves out what cannot be drawn; a row of weight 0 is to be read all the same.
+    const LeafCode& code = tree_.code;
+    if (code.is_row(s.words[i]) && code.lap(s.words[i]) != 0 && code.weight(s.words[i]) == 0) s.words[i] |= 1;
   }
   complete(request, out, 0, n, s);
   for (size_t i = 0; i < n; ++i) {
