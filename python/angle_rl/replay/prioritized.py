@@ -124,7 +124,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
     def priority_exponent(self) -> float:
         """The exponent that weights follow. Setting it weighs every row anew by its kept priority, in all processes.
 
-        O(capacity), about 10 ns a row; any thread, and others go on meanwhile.
+        O(capacity), about 50 ns a row; any thread, and others go on meanwhile.
         """
         return self._core.priority_exponent()
 
