@@ -9,8 +9,6 @@ from contextlib import contextmanager, suppress
 from multiprocessing import reduction, util
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
-import numpy as np
-
 from angle_rl import _core
 from angle_rl.schema import Schema, from_json, to_json
 
@@ -77,9 +75,8 @@ def _absolute(path: Any) -> str:
 
 
 def portable(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that mean the same in any process: without functions, NumPy's numbers as Python's."""
-    plain = {name: value for name, value in options.items() if not callable(value)}
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in plain.items()}
+    """The options that mean the same in any process: without functions."""
+    return {name: value for name, value in options.items() if not callable(value)}
 
 
 def describe(schema: Schema, prioritized: bool, options: Mapping[str, Any]) -> str:
