@@ -190,6 +190,16 @@ bool ReplayT<Access>::retire(const Place& at) {
 
 // ---- many rows ----
 
+namespace {
+
+inline void require_issued(const int64_t* handles, size_t i, uint64_t issued) {
+  if (handles[i] >= 0 && static_cast<uint64_t>(handles[i]) < issued) return;
+  throw std::invalid_argument("handles[" + std::to_string(i) + "] is " + std::to_string(handles[i]) +
+                              ", which was never issued; handles so far lie in [0, " + std::to_string(issued) + ")");
+}
+
+}  // namespace
+
 template <class Access>
 template <class Real>
 size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, size_t n) {
@@ -204,11 +214,7 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
       throw std::invalid_argument("td_errors[" + std::to_string(i) + "] is " + std::to_string(td_error) +
                                   "; priorities must be finite and not negative");
     }
-    if (handles[i] < 0 || static_cast<uint64_t>(handles[i]) >= issued) {
-      throw std::invalid_argument("handles[" + std::to_string(i) + "] is " + std::to_string(handles[i]) +
-                                  ", which was never issued; handles so far lie in [0, " + std::to_string(issued) +
-                                  ")");
-    }
+    require_issued(handles, i, issued);
     const float priority = PriorityMap::narrow(td_error);
     largest = std::max(largest, priority);
     s.bits[i] = std::bit_cast<uint32_t>(priority);
@@ -307,13 +313,7 @@ size_t ReplayT<Access>::remove(const int64_t* handles, size_t n) {
   SegmentHeader& h = header();
   const uint64_t issued = next_ticket(), issued_lap = place_of(issued).lap;
   const uint64_t laps_told_apart = tree_.code.lap_mask / 2;
-  for (size_t i = 0; i < n; ++i) {
-    if (handles[i] < 0 || static_cast<uint64_t>(handles[i]) >= issued) {
-      throw std::invalid_argument("handles[" + std::to_string(i) + "] is " + std::to_string(handles[i]) +
-                                  ", which was never issued; handles so far lie in [0, " + std::to_string(issued) +
-                                  ")");
-    }
-  }
+  for (size_t i = 0; i < n; ++i) require_issued(handles, i, issued);
   size_t refused = 0;
   for (size_t i = 0; i < n; ++i) {
     const Place at = place_of(static_cast<uint64_t>(handles[i]));
