@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from angle_rl import _core
+from angle_rl.bench import libraries
 from angle_rl.bench.peers import in_short
 from angle_rl.bench.replay_cases import Case, Settings, measure
 from angle_rl.bench.report import FLOOR, OURS, Row
@@ -82,10 +83,8 @@ class Atari(Protocol):
     def arrays(self, batch: Any) -> Rows: ...
 
 
-class Angle:
+class Angle(libraries.Angle):
     """Our prioritised replay at its defaults, which keep each frame once, unless ``arguments`` say otherwise."""
-
-    gives = "torch"
 
     def __init__(self, capacity: int, name: str = "angle", **arguments: Any) -> None:
         self.name = name
@@ -97,19 +96,7 @@ class Angle:
         )
         self.out: Any = None
 
-    def insert_many(self, rows: Rows) -> object:
-        return self.buffer.insert(*rows)
-
-    def sample(self, batch: int) -> Any:
-        return self.buffer.sample(batch)
-
-    def sample_out(self, batch: int) -> Any:
-        """A sample into the tensors of the one before."""
-        if self.out is None or len(self.out.rewards) != batch:
-            self.out = self.buffer.sample(batch)
-        return self.buffer.sample(batch, out=self.out)
-
-    def arrays(self, batch: Any) -> Rows:
+    def arrays(self, batch: Any) -> Any:
         return Rows(
             batch.observations.numpy(),
             batch.actions.numpy(),
@@ -235,8 +222,8 @@ def _filled(name: str, kind: Callable[[int], Atari], capacity: int, batch: int) 
     try:
         library = kind(capacity)
         _fill(name, library, capacity, batch)
-    except Exception as failure:  # a peer may fail in any way of its own, ours only by not being there
-        if name == "angle" or (name in OURS and not isinstance(failure, TypeError | NotImplementedError)):
+    except Exception as failure:  # a peer may fail in any way of its own
+        if name in OURS:
             raise
         return f"{name} with Atari rows: {in_short(failure)}"
     return library

@@ -156,7 +156,7 @@ def process_rows(settings: Settings) -> tuple[list[Row], list[str]]:
     """
     try:
         library = Angle(settings.capacity, shared=True)
-    except (TypeError, NotImplementedError, RuntimeError, OSError) as failure:
+    except (RuntimeError, OSError) as failure:
         return [], [f"processes on a shared buffer: {in_short(failure)}"]
     try:
         fill(library, settings.capacity)
