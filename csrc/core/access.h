@@ -50,8 +50,8 @@ struct VectorAccess {
     return own_of_thread<S>();
   }
 
-  static int64_t prefix_sums(const int64_t* nodes, size_t n, int64_t* prefix) {
-    return kernels().replay.prefix_sums(nodes, n, prefix);
+  static int64_t prefix_sums(const int64_t* nodes, size_t groups, int64_t* prefix) {
+    return kernels().replay.prefix_sums(nodes, groups, prefix);
   }
   static void descend(const int64_t* level, size_t fan, size_t count, uint64_t* index, int64_t* target) {
     kernels().replay.descend(level, fan, count, index, target);
@@ -83,14 +83,15 @@ struct WordAccessT {
   static int64_t load_node(const int64_t* node) { return word(node).load(std::memory_order_relaxed); }
   static uint64_t load_node(const uint64_t* node) { return word(node).load(std::memory_order_acquire); }
 
-  static int64_t prefix_sums(const int64_t* nodes, size_t n, int64_t* prefix) {
+  static int64_t prefix_sums(const int64_t* nodes, size_t groups, int64_t* prefix) {
     int64_t total = 0;
-    for (size_t i = 0; i < n; ++i) {
-      const int64_t sum = load_node(nodes + i);
+    for (size_t group = 0; group < groups; ++group) {
+      int64_t sum = 0;
+      for (size_t i = 0; i < 8; ++i) sum += load_node(nodes + 8 * group + i);
       total += sum > 0 ? sum : 0;
-      prefix[i] = total;
+      prefix[group] = total;
     }
-    for (size_t i = n; i % 8 != 0; ++i) prefix[i] = INT64_MAX;
+    for (size_t i = groups; i % 8 != 0; ++i) prefix[i] = INT64_MAX;
     return total;
   }
   static void descend(const int64_t* level, size_t fan, size_t count, uint64_t* index, int64_t* target) {

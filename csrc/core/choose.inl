@@ -15,12 +15,12 @@ class ReplayT<Access>::Overlay {
  public:
   Overlay(size_t n, const TreeShape& shape_in) : shape(shape_in) {
     size_t places = 16;
-    while (places < 2 * n * (shape.levels + 1)) places *= 2;
+    while (places < 2 * n * (shape.levels + 2)) places *= 2;
     keys.assign(places, 0);
     taken.assign(places, 0);
   }
   bool has(uint64_t slot) const { return keys[place(0, slot)] != 0; }
-  // What rows below this node (level 0: the leaves) have taken of its sum.
+  // What rows below this node have taken of its sum. Level 0: the leaves; shape.levels + 1: the top's groups.
   int64_t at(size_t level, uint64_t node) const { return taken[place(level, node)]; }
   void take(uint64_t slot, uint64_t weight) {
     add(0, slot, weight);
@@ -29,6 +29,7 @@ class ReplayT<Access>::Overlay {
       node >>= shape.shift[level];
       add(level + 1, node, weight);
     }
+    add(shape.levels + 1, node >> TreeShape::kTopShift, weight);
   }
 
  private:
@@ -124,19 +125,23 @@ bool ReplayT<Access>::choose_again(const SampleRequest& request, size_t i, uint6
             : tree_.sum(level - 1, node).load(std::memory_order_relaxed);
     return std::max<int64_t>(sum - overlay->at(level, node), 0);
   };
-  int64_t total = 0;
-  for (uint64_t node = 0; node < tree_.top_nodes(); ++node) {
-    total += left(shape.levels, node);
-    s.prefix[node] = total;
+  const size_t groups = tree_.top_groups();
+  tree_.top_prefix(s.prefix.data());
+  int64_t total = 0, whole = 0;
+  for (size_t group = 0; group < groups; ++group) {
+    const int64_t sum = s.prefix[group] - whole;
+    whole = s.prefix[group];
+    total += std::max<int64_t>(sum - overlay->at(shape.levels + 1, group), 0);
+    s.prefix[group] = total;
   }
   if (total <= 0) return false;
   int64_t target = static_cast<int64_t>(target_of(bits, static_cast<uint64_t>(total), false, i, request.n));
   uint64_t node = static_cast<uint64_t>(
-      std::upper_bound(s.prefix.begin(), s.prefix.begin() + static_cast<ptrdiff_t>(tree_.top_nodes()), target) -
-      s.prefix.begin());
+      std::upper_bound(s.prefix.begin(), s.prefix.begin() + static_cast<ptrdiff_t>(groups), target) - s.prefix.begin());
   if (node > 0) target -= s.prefix[node - 1];
-  for (size_t level = shape.levels; level-- > 0;) {
-    const uint64_t first = node << shape.shift[level], end = first + (1ull << shape.shift[level]);
+  for (size_t level = shape.levels + 1; level-- > 0;) {
+    const uint32_t shift = level == shape.levels ? TreeShape::kTopShift : shape.shift[level];
+    const uint64_t first = node << shift, end = first + (1ull << shift);
     for (node = first; node < end; ++node) {
       const int64_t share = left(level, node);
       if (target < share) break;

@@ -80,9 +80,11 @@ struct RecordPriority {
   static bool is_before(uint64_t word, uint64_t lap) { return static_cast<int32_t>((lap - word) & 0xFFFFFFFF) > 0; }
 };
 
-// The tree's shape: leaves in groups of 2**shift[0], those in groups of 2**shift[1], ... up to at most kMaxTop nodes.
+// The tree's shape: leaves in groups of 2**shift[0], those in groups of 2**shift[1], ... up to at most kMaxTop nodes,
+// which samplers add up in groups of 2**kTopShift themselves.
 struct TreeShape {
-  static constexpr size_t kMaxLevels = 10, kMaxTop = 2048;
+  static constexpr size_t kMaxLevels = 10, kMaxTop = 16384;
+  static constexpr uint32_t kTopShift = 3;
   explicit TreeShape(uint64_t capacity);
 
   size_t levels = 0;              // arrays of sums above the leaves, at least 1
@@ -103,7 +105,7 @@ enum class DefaultPriority : uint64_t { kLiveMaximum, kHistoricMaximum, kGiven }
 // The first part never changes; each group of counters that threads write has a line.
 struct SegmentHeader {
   static constexpr uint64_t kMagic = 0x59414C5045524C41ull;  // "ALREPLAY"
-  static constexpr uint64_t kVersion = 2;
+  static constexpr uint64_t kVersion = 3;
 
   uint64_t magic;
   uint64_t version;

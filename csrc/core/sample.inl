@@ -309,7 +309,7 @@ uint64_t ReplayT<Access>::sample(const SampleRequest& request, const SampleOut& 
   }
   const uint64_t slots = slots_in_use();
   if (slots == 0) throw NothingToSample("the buffer is empty; insert rows before sampling");
-  Scratch& s = scratch(n, tree_.top_nodes());
+  Scratch& s = scratch(n, tree_.top_groups());
   s.rows.clear();
   const int64_t total = prioritized() ? tree_.top_prefix(s.prefix.data()) : static_cast<int64_t>(slots);
   // The total may have gone to 0 under an update that adds later; only the leaves can tell.

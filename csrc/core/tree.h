@@ -125,13 +125,15 @@ class PriorityTree {
     int64_t pending_ = 0;
   };
 
-  // Nodes of the level that the sampler adds up itself.
   size_t top_nodes() const { return shape_.nodes[shape_.levels - 1]; }
 
-  // Running sums of the top level, negative sums read as 0. Returns the total. `prefix` holds top_nodes() rounded up
-  // to 8.
+  // The top level's nodes are added up in groups, of which there are at most 2048.
+  size_t top_groups() const { return (top_nodes() + (1ull << TreeShape::kTopShift) - 1) >> TreeShape::kTopShift; }
+
+  // Running sums of the top's groups, negative sums read as 0. Returns the total. `prefix` holds top_groups() rounded
+  // up to 8.
   int64_t top_prefix(int64_t* prefix) const {
-    return Access::prefix_sums(sums(shape_.levels - 1), top_nodes(), prefix);
+    return Access::prefix_sums(sums(shape_.levels - 1), top_groups(), prefix);
   }
 
   // From targets in [0, total) to slots, all draws a level at a time. slots[i] is kLost where the sums promised weight
@@ -139,7 +141,8 @@ class PriorityTree {
   // * fan).
   void find(const int64_t* prefix, bool ascending, size_t count, int64_t* targets, uint64_t* slots,
             uint64_t* words) const {
-    kernels().replay.locate(prefix, top_nodes(), ascending, count, slots, targets);
+    kernels().replay.locate(prefix, top_groups(), ascending, count, slots, targets);
+    Access::descend(sums(shape_.levels - 1), 1ull << TreeShape::kTopShift, count, slots, targets);
     for (size_t level = shape_.levels - 1; level > 0; --level) {
       for (size_t i = 0; i < count; ++i) prefetch_node(sums_[level - 1], slots[i], shape_.shift[level]);
       Access::descend(sums(level - 1), 1ull << shape_.shift[level], count, slots, targets);

@@ -87,14 +87,43 @@ __attribute__((always_inline)) inline void prefetch_record(const uint8_t* record
 inline int64_t load_once(const int64_t* address) { return __atomic_load_n(address, __ATOMIC_RELAXED); }
 inline uint64_t load_once(const uint64_t* address) { return __atomic_load_n(address, __ATOMIC_RELAXED); }
 
-int64_t prefix_sums(const int64_t* nodes, size_t n, int64_t* prefix) {
+#if defined(__AVX2__)
+// A read that the compiler cannot repeat, of both halves of a group, added up.
+inline __m256i load_halves(const int64_t* group) {
+  __m256i low = _mm256_load_si256(reinterpret_cast<const __m256i*>(group));
+  __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(group + 4));
+  __asm__("" : "+x"(low), "+x"(high));
+  return _mm256_add_epi64(low, high);
+}
+
+// The sums of four groups of 8.
+inline void add_groups(const int64_t* nodes, int64_t* sums) {
+  const auto pairs = [nodes](size_t group) {
+    const __m256i a = load_halves(nodes + 8 * group), b = load_halves(nodes + 8 * group + 8);
+    return _mm256_add_epi64(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+  };
+  const __m256i ab = pairs(0), cd = pairs(2);
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(sums),
+      _mm256_add_epi64(_mm256_permute2x128_si256(ab, cd, 0x20), _mm256_permute2x128_si256(ab, cd, 0x31)));
+}
+#endif
+
+int64_t prefix_sums(const int64_t* nodes, size_t groups, int64_t* prefix) {
+  size_t group = 0;
+#if defined(__AVX2__)
+  for (; group + 4 <= groups; group += 4) add_groups(nodes + 8 * group, prefix + group);
+#endif
+  for (; group < groups; ++group) {
+    prefix[group] = 0;
+    for (size_t i = 0; i < 8; ++i) prefix[group] += load_once(nodes + 8 * group + i);
+  }
   int64_t total = 0;
-  for (size_t i = 0; i < n; ++i) {
-    const int64_t value = load_once(nodes + i);
-    total += value > 0 ? value : 0;
+  for (size_t i = 0; i < groups; ++i) {
+    total += prefix[i] > 0 ? prefix[i] : 0;
     prefix[i] = total;
   }
-  for (size_t i = n; i % 8 != 0; ++i) prefix[i] = INT64_MAX;
+  for (size_t i = groups; i % 8 != 0; ++i) prefix[i] = INT64_MAX;
   return total;
 }
 
@@ -113,7 +142,7 @@ inline uint64_t count_le(const int64_t* sums, __m512i wanted) {
 
 // A search tree of eight-way nodes over the prefix sums: every level is one comparison, without a branch to mispredict.
 void locate(const int64_t* prefix, size_t n, int, size_t count, uint64_t* index, int64_t* target) {
-  constexpr size_t kLevels = 5, kMost = 8 * 8 * 8 * 8;  // PriorityTree's top has at most this many nodes
+  constexpr size_t kLevels = 5, kMost = 8 * 8 * 8 * 8;  // PriorityTree has at most this many groups
   int64_t coarse[kLevels][kMost / 8 + 8];
   const int64_t* levels[kLevels];
   size_t height = 0, length = (n + 7) / 8 * 8;

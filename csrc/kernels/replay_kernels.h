@@ -25,8 +25,9 @@ struct ReplayKernels {
   // out[0..n): 64 random bits each, draw i from Philox block (key, counter, stream + (i / 2 << 32)). Cost n.
   void (*philox_draws)(uint64_t key, uint64_t counter, uint64_t stream, uint64_t* out, size_t n);
 
-  // prefix[i] = sum of max(nodes[0..i], 0); pads prefix with INT64_MAX to a multiple of 8. Returns the total. Cost n.
-  int64_t (*prefix_sums)(const int64_t* nodes, size_t n, int64_t* prefix);
+  // Running sums over groups of 8 nodes, a group whose sum is negative read as 0; pads prefix with INT64_MAX to a
+  // multiple of 8. Returns the total. Cost 8 * groups. `nodes` lie on a cache line.
+  int64_t (*prefix_sums)(const int64_t* nodes, size_t groups, int64_t* prefix);
 
   // For each target, index = how many of the n prefix sums are <= target, and the target becomes what is left within
   // that node. Targets below prefix[n - 1]; ascending ones cost count + n / 8, others count * log n.

@@ -108,15 +108,17 @@ TEST_CASE("powers are accurate and equal to the last bit on every ISA") {
 
 TEST_CASE("prefix sums and location read negative sums as nothing") {
   std::mt19937_64 random(2);
+  alignas(64) static int64_t nodes[8 * 977];
   for (const size_t n : {1u, 7u, 8u, 9u, 100u, 977u}) {
-    std::vector<int64_t> nodes(n);
-    for (auto& node : nodes) node = static_cast<int64_t>(random() % 100) - 30;
-    nodes[n / 2] = 5;
+    std::vector<int64_t> sums(n, 0);
+    for (size_t i = 0; i < 8 * n; ++i) sums[i / 8] += nodes[i] = static_cast<int64_t>(random() % 100) - 45;
+    nodes[8 * (n / 2)] += 500;
+    sums[n / 2] += 500;
     for (const Kernels* table : tables()) {
       std::vector<int64_t> prefix(n + 8);
-      const int64_t total = table->replay.prefix_sums(nodes.data(), n, prefix.data());
+      const int64_t total = table->replay.prefix_sums(nodes, n, prefix.data());
       int64_t sum = 0;
-      for (size_t i = 0; i < n; ++i) CHECK(prefix[i] == (sum += std::max<int64_t>(nodes[i], 0)));
+      for (size_t i = 0; i < n; ++i) CHECK(prefix[i] == (sum += std::max<int64_t>(sums[i], 0)));
       CHECK(total == sum);
       for (const int ascending : {0, 1}) {
         std::vector<int64_t> targets(64);
@@ -128,7 +130,7 @@ TEST_CASE("prefix sums and location read negative sums as nothing") {
           const auto expected = std::upper_bound(prefix.begin(), prefix.begin() + static_cast<long>(n), targets[i]);
           CHECK(index[i] == static_cast<uint64_t>(expected - prefix.begin()));
           CHECK(left[i] == targets[i] - (index[i] == 0 ? 0 : prefix[index[i] - 1]));
-          CHECK(left[i] < nodes[index[i]]);
+          CHECK(left[i] < sums[index[i]]);
         }
       }
     }
