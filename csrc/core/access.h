@@ -5,6 +5,8 @@
 // and loads are not reordered with loads, nor stores with stores, so the orders that WordAccess asks for hold by
 // themselves; what remains is to keep the compiler from moving anything, which barrier() does.
 #pragma once
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -41,6 +43,12 @@ S& own_of_thread() {
   return own;
 }
 
+// Threads are counted up; processes begin at different numbers.
+inline size_t number_of_thread() {
+  static std::atomic<size_t> threads{0};
+  return threads.fetch_add(1, std::memory_order_relaxed) + static_cast<size_t>(getpid());
+}
+
 struct VectorAccess {
   template <class T>
   using Word = AtomicWord<T>;
@@ -49,6 +57,7 @@ struct VectorAccess {
   static S& own() {
     return own_of_thread<S>();
   }
+  static size_t lane() { return number_of_thread(); }
 
   static int64_t prefix_sums(const int64_t* nodes, size_t groups, int64_t* prefix) {
     return kernels().replay.prefix_sums(nodes, groups, prefix);
@@ -79,6 +88,7 @@ struct WordAccessT {
   static S& own() {
     return own_of_thread<S>();
   }
+  static size_t lane() { return number_of_thread(); }
 
   static int64_t load_node(const int64_t* node) { return word(node).load(std::memory_order_relaxed); }
   static uint64_t load_node(const uint64_t* node) { return word(node).load(std::memory_order_acquire); }

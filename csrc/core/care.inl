@@ -70,7 +70,8 @@ ReplayT<Access>::ReplayT(const ReplayOptions& options, RecordLayout record, Memo
     : record_(std::move(record)),
       layout_(checked(options, record_).capacity, record_, meta.size()),
       memory_(std::move(memory)),
-      tree_(memory_.data(), layout_) {
+      tree_(memory_.data(), layout_),
+      counts_(&header()) {
   if (memory_.bytes() < layout_.total_bytes) {
     throw std::invalid_argument("the memory has " + std::to_string(memory_.bytes()) + " bytes; the segment needs " +
                                 std::to_string(layout_.total_bytes));
@@ -98,7 +99,8 @@ ReplayT<Access>::ReplayT(RecordLayout record, Memory memory)
     : record_(std::move(record)),
       layout_(opened(memory).capacity, record_, opened(memory).meta_bytes),
       memory_(std::move(memory)),
-      tree_(memory_.data(), layout_) {
+      tree_(memory_.data(), layout_),
+      counts_(&header()) {
   SegmentHeader& h = header();
   if (word(h.highest_bucket).load(std::memory_order_relaxed) >= kBuckets) {
     throw std::invalid_argument("this is no replay segment: its counts of rows by weight are damaged");
@@ -169,7 +171,7 @@ void ReplayT<Access>::read_weights(int64_t* out) const {
 template <class Access>
 void ReplayT<Access>::read_histogram(int64_t* counts) const {
   for (size_t bucket = 0; bucket < kBuckets; ++bucket) {
-    counts[bucket] = live_rows(0, bucket) + live_rows(1, bucket);
+    counts[bucket] = counts_.rows(false, bucket) + counts_.rows(true, bucket);
   }
 }
 
@@ -300,10 +302,13 @@ std::vector<std::string> ReplayT<Access>::audit() const {
   uint64_t buckets = 0;
   for (size_t kind = 0; kind < 2; ++kind) {
     for (size_t bucket = 0; bucket < kBuckets; ++bucket) {
-      buckets += live_rows(kind, bucket) != truth.buckets[kind][bucket];
+      buckets += counts_.rows(kind != 0, bucket) != truth.buckets[kind][bucket];
     }
   }
   report(buckets, "counts of rows by weight are off");
+  uint64_t claimed = 0;
+  for (CountSet& set : header().counts) claimed += word(set.claimed).load(std::memory_order_relaxed);
+  report(claimed, "sets of counts are being added to, or who did died");
   if (shares() && size() != truth.rows) {
     findings.push_back("the count of rows is " + std::to_string(size()) + ", there are " + std::to_string(truth.rows));
   }
@@ -363,11 +368,12 @@ uint64_t ReplayT<Access>::repair() {
   for (size_t level = 0; level < truth.sums.size(); ++level) {
     for (size_t node = 0; node < truth.sums[level].size(); ++node) put(tree_.sum(level, node), truth.sums[level][node]);
   }
+  for (CountSet& set : h.counts) put(word(set.claimed), uint64_t{0});
   size_t highest = 0;
   for (size_t kind = 0; kind < 2; ++kind) {
     for (size_t bucket = 0; bucket < kBuckets; ++bucket) {
-      const int64_t off = truth.buckets[kind][bucket] - live_rows(kind, bucket);
-      if (off != 0) word(h.buckets[0][kind][bucket]).fetch_add(off, std::memory_order_acq_rel);
+      const int64_t off = truth.buckets[kind][bucket] - counts_.rows(kind != 0, bucket);
+      if (off != 0) counts_.correct(kind != 0, bucket, off);
       mended += off != 0;
       if (kind == 1 && truth.buckets[1][bucket] != 0) highest = bucket;
     }

@@ -13,7 +13,7 @@ namespace angle {
 template <class Access>
 struct ReplayT<Access>::Writer {
   Writer(ReplayT& replay_in, const Default& standard_in)
-      : replay(replay_in), standard(standard_in), deltas(replay_in.tree_) {}
+      : replay(replay_in), standard(standard_in), changes(replay_in) {}
 
   // Takes tickets until one's slot is free, and marks the slot busy. `wanted`: tickets that this call still needs.
   Place claim(uint64_t wanted) {
@@ -46,27 +46,10 @@ struct ReplayT<Access>::Writer {
   void forget(uint64_t slot, uint64_t old_leaf) {
     const LeafCode& code = replay.tree_.code;
     rows -= code.is_row(old_leaf) && code.lap(old_leaf) != 0;
-    const uint64_t weight = code.weight(old_leaf);
-    if (weight == 0 || !replay.prioritized()) return;
-    deltas.add(slot, -static_cast<int64_t>(weight));
-    count(code.state(old_leaf) == LeafCode::kComputed, weight, -1);
-  }
-
-  // Neighbours mostly share a bucket: one atomic add a run.
-  void count(bool computed, uint64_t weight, int64_t by) {
-    Run& run = runs[by > 0][computed];
-    const size_t bucket = WeightBuckets::of(weight);
-    if (run.bucket != bucket) {
-      flush(run, computed);
-      run.bucket = bucket;
-    }
-    run.by += by;
+    if (replay.prioritized()) changes.add(slot, old_leaf, 0);
   }
 
   void finish() {
-    for (auto& by_sign : runs) {
-      for (size_t computed = 0; computed < 2; ++computed) flush(by_sign[computed], computed != 0);
-    }
     SegmentHeader& h = replay.header();
     if (given_up != 0) word(h.busy_slots).fetch_add(given_up, std::memory_order_relaxed);
     if (saturated != 0) word(h.saturated_weights).fetch_add(saturated, std::memory_order_relaxed);
@@ -74,26 +57,12 @@ struct ReplayT<Access>::Writer {
     if (replay.shares() && rows != 0) word(h.rows).fetch_add(static_cast<uint64_t>(rows), std::memory_order_relaxed);
   }
 
-  struct Run {
-    size_t bucket = 0;
-    int64_t by = 0;
-  };
-  void flush(Run& run, bool computed) {
-    if (run.by == 0) return;
-    // seq_cst: partner of highest_bucket.
-    word(replay.header().buckets[count_set][computed][run.bucket]).fetch_add(run.by, std::memory_order_seq_cst);
-    if (computed && run.by > 0) replay.raise_highest(run.bucket);
-    run.by = 0;
-  }
-
   ReplayT& replay;
   const Default standard;
-  const size_t count_set = scratch(0, 0).count_set;
-  typename PriorityTree<Access>::Deltas deltas;
+  WeightChanges changes;
   Place next{};
   uint64_t left = 0, given_up = 0, opened = 0, saturated = 0;
   int64_t rows = 0;
-  Run runs[2][2];
   int64_t linked_stream = -1;
   Place linked{};  // newest row of linked_stream in this call
 };
@@ -181,14 +150,10 @@ typename ReplayT<Access>::RowWeight ReplayT<Access>::weigh(Writer& writer, const
 template <class Access>
 void ReplayT<Access>::publish(Writer& writer, const Place& at, const RowWeight& own) {
   // release: partner of the samplers' acquire load of the leaf.
-  tree_.leaf(at.slot).store(
-      tree_.code.make(at.lap, own.computed ? LeafCode::kComputed : LeafCode::kDefault, own.weight),
-      std::memory_order_release);
+  const uint64_t leaf = tree_.code.make(at.lap, own.computed ? LeafCode::kComputed : LeafCode::kDefault, own.weight);
+  tree_.leaf(at.slot).store(leaf, std::memory_order_release);
   ++writer.rows;
-  if (prioritized() && own.weight != 0) {
-    writer.deltas.add(at.slot, static_cast<int64_t>(own.weight));
-    writer.count(own.computed, own.weight, +1);
-  }
+  if (prioritized()) writer.changes.add(at.slot, 0, leaf);
 }
 
 template <class Access>
@@ -204,12 +169,7 @@ void ReplayT<Access>::insert(const InsertRows& rows, int64_t* handles) {
                                   "; it must be between 0 and " + std::to_string(kStreams - 1));
     }
   }
-  for (size_t i = 0; i < rows.n && rows.priorities != nullptr; ++i) {
-    if (!(rows.priorities[i] >= 0.0f) || std::isinf(rows.priorities[i])) {
-      throw std::invalid_argument("priorities[" + std::to_string(i) + "] is " + std::to_string(rows.priorities[i]) +
-                                  "; priorities must be finite and not negative");
-    }
-  }
+  if (rows.priorities != nullptr) require_priorities("priorities", rows.priorities, rows.n);
   if (rows.n == 0) return;
   const uint64_t exponent = word(h.exponent).load(std::memory_order_acquire);
   {
@@ -223,7 +183,7 @@ void ReplayT<Access>::insert(const InsertRows& rows, int64_t* handles) {
     }
     writer.finish();
   }
-  if (rows.priorities != nullptr) raise_historic(*std::max_element(rows.priorities, rows.priorities + rows.n));
+  if (rows.priorities != nullptr) raise_historic(largest_of(rows.priorities, rows.n));
   if (rows.nan_rows != 0) word(h.nan_observations).fetch_add(rows.nan_rows, std::memory_order_relaxed);
   // acq_rel: partner of set_priority_exponent. Either it sees these rows, or this sees its exponent.
   word(h.inserts).fetch_add(rows.n, std::memory_order_acq_rel);

@@ -101,6 +101,12 @@ constexpr size_t kBuckets = 62 * 32, kCountSets = 8;
 // What new rows weigh.
 enum class DefaultPriority : uint64_t { kLiveMaximum, kHistoricMaximum, kGiven };
 
+// Live rows of positive weight by weight: first those of default weight, then those of computed.
+struct CountSet {
+  alignas(kLine) uint64_t claimed;  // 1 while a thread adds to the rows of this set; never of the last set
+  alignas(kLine) int64_t rows[2 * kBuckets];
+};
+
 // First bytes of a segment, plain words: whatever changes after creation is touched through the Access's atomic words.
 // The first part never changes; each group of counters that threads write has a line.
 struct SegmentHeader {
@@ -138,10 +144,7 @@ struct SegmentHeader {
   alignas(kLine) uint64_t exponent;        // bits of the priority exponent, a float64
   alignas(kLine) uint64_t highest_bucket;  // no bucket of computed weights above this one holds a row
   uint64_t historic_maximum;               // bits of the largest priority ever computed, a float32
-  // Live rows of positive weight, default and computed, by weight. A thread counts in one of several sets, so that
-  // those who insert and those who learn do not fight over the lines; a count is the sum over the sets, of which one
-  // alone may be negative.
-  alignas(kLine) int64_t buckets[kCountSets][2][kBuckets];
+  CountSet counts[kCountSets];             // a count is the sum over the sets; one alone may be negative
 };
 
 // The parts of a segment, in bytes from its start, each on a cache line of its own.

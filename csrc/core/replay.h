@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "core/access.h"
+#include "core/counts.h"
 #include "core/layout.h"
 #include "core/memory.h"
 #include "core/priorities.h"
@@ -91,8 +92,6 @@ struct NothingToSample : std::runtime_error {
 template <class Access>
 class ReplayT {
  public:
-  static constexpr double kUnit = PriorityMap::kUnit;
-
   // Bytes that a segment needs.
   static uint64_t bytes_needed(const ReplayOptions& options, const RecordLayout& record, size_t meta_bytes = 0);
   // The caller's text in a segment made elsewhere. Throws std::invalid_argument where the memory holds no segment of
@@ -188,6 +187,7 @@ class ReplayT {
     bool computed;
   };
   struct Scratch;
+  class WeightChanges;
   struct Writer;
   struct Truth;
   class Overlay;
@@ -264,11 +264,7 @@ class ReplayT {
   void follow(const Place& from, uint64_t to, uint64_t* slot, uint64_t* lap) const;
 
   // update.inl
-  void raise_highest(size_t bucket);
   void raise_historic(float priority);
-  size_t highest_bucket() const;
-  int64_t live_rows(size_t computed, size_t bucket) const;
-  uint64_t lowest_weight() const;
   void sync_leaf(const Place& at, bool computed);
   void change_weight(uint64_t slot, uint64_t old_leaf, uint64_t new_leaf);
   bool retire(const Place& at);
@@ -281,6 +277,7 @@ class ReplayT {
   SegmentLayout layout_;
   Memory memory_;
   PriorityTree<Access> tree_;
+  WeightCounts<Access> counts_;
 };
 
 using Replay = ReplayT<DefaultAccess>;

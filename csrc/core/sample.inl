@@ -342,7 +342,7 @@ void ReplayT<Access>::write_weights(const SampleRequest& request, const SampleOu
     std::fill_n(out.importance_weights, n, 1.0f);
     return;
   }
-  uint64_t smallest = request.bound_by_buffer ? lowest_weight() : ~0ull;
+  uint64_t smallest = request.bound_by_buffer ? counts_.lowest_weight(tree_.code.weight_mask) : ~0ull;
   for (size_t i = 0; i < n; ++i) {
     const uint64_t weight = tree_.code.weight(s.words[i]);
     smallest = std::min(smallest, weight);

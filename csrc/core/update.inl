@@ -22,16 +22,6 @@ PriorityMap ReplayT<Access>::priority_map() const {
 // ---- what new rows weigh ----
 
 template <class Access>
-void ReplayT<Access>::raise_highest(size_t bucket) {
-  // seq_cst: partner of highest_bucket. Either it sees the count that went up before, or this sees the mark it lowered.
-  const Word<uint64_t> highest = word(header().highest_bucket);
-  uint64_t mark = highest.load(std::memory_order_seq_cst);
-  while (mark < bucket &&
-         !highest.compare_exchange_weak(mark, bucket, std::memory_order_seq_cst, std::memory_order_seq_cst)) {
-  }
-}
-
-template <class Access>
 void ReplayT<Access>::raise_historic(float priority) {
   const Word<uint64_t> historic = word(header().historic_maximum);
   uint64_t seen = historic.load(std::memory_order_relaxed);
@@ -42,45 +32,6 @@ void ReplayT<Access>::raise_historic(float priority) {
 }
 
 template <class Access>
-size_t ReplayT<Access>::highest_bucket() const {
-  SegmentHeader& h = header();
-  const Word<uint64_t> highest = word(h.highest_bucket);
-  uint64_t mark = highest.load(std::memory_order_seq_cst);
-  for (;;) {
-    uint64_t found = mark;
-    while (found > 0 && live_rows(1, found) <= 0) --found;
-    if (found == mark) return found;
-    const uint64_t lowered_from = mark;
-    if (!highest.compare_exchange_strong(mark, found, std::memory_order_seq_cst, std::memory_order_seq_cst)) continue;
-    for (uint64_t bucket = lowered_from; bucket > found; --bucket) {
-      if (live_rows(1, bucket) > 0) {
-        const_cast<ReplayT*>(this)->raise_highest(bucket);
-        return bucket;
-      }
-    }
-    return found;
-  }
-}
-
-// Rows of one kind in one bucket, over all sets. seq_cst: see highest_bucket.
-template <class Access>
-int64_t ReplayT<Access>::live_rows(size_t computed, size_t bucket) const {
-  int64_t rows = 0;
-  for (auto& counts : header().buckets) rows += word(counts[computed][bucket]).load(std::memory_order_seq_cst);
-  return rows;
-}
-
-template <class Access>
-uint64_t ReplayT<Access>::lowest_weight() const {
-  for (size_t bucket = 0; bucket < kBuckets; ++bucket) {
-    if (live_rows(0, bucket) > 0 || live_rows(1, bucket) > 0) {
-      return WeightBuckets::lower_edge(bucket);
-    }
-  }
-  return tree_.code.weight_mask;
-}
-
-template <class Access>
 typename ReplayT<Access>::Default ReplayT<Access>::default_weight() const {
   SegmentHeader& h = header();
   if (h.prioritized == 0) return {1.0f, 1};
@@ -88,8 +39,8 @@ typename ReplayT<Access>::Default ReplayT<Access>::default_weight() const {
   uint64_t source = 0;  // what the default follows from, beside the map
   const auto kind = static_cast<DefaultPriority>(h.default_kind);
   if (kind == DefaultPriority::kLiveMaximum) {
-    source = highest_bucket();
-    if (live_rows(1, source) <= 0) source = ~0ull;
+    source = counts_.highest();
+    if (counts_.rows(true, source) <= 0) source = ~0ull;
   } else if (kind == DefaultPriority::kHistoricMaximum) {
     source = word(h.historic_maximum).load(std::memory_order_relaxed);
   }
@@ -122,25 +73,10 @@ typename ReplayT<Access>::Default ReplayT<Access>::default_weight() const {
 
 // ---- one row ----
 
-// A leaf went from one word to another: the sums and the buckets follow.
+// A leaf went from one word to another: the sums and the counts follow.
 template <class Access>
 void ReplayT<Access>::change_weight(uint64_t slot, uint64_t old_leaf, uint64_t new_leaf) {
-  if (!prioritized()) return;
-  const LeafCode& code = tree_.code;
-  const uint64_t before = code.weight(old_leaf), after = code.weight(new_leaf);
-  {
-    typename PriorityTree<Access>::Deltas deltas(tree_);
-    deltas.add(slot, static_cast<int64_t>(after) - static_cast<int64_t>(before));
-  }
-  auto& counts = header().buckets[scratch(0, 0).count_set];
-  if (before != 0) {
-    word(counts[code.state(old_leaf)][WeightBuckets::of(before)]).fetch_sub(1, std::memory_order_relaxed);
-  }
-  if (after != 0) {
-    const size_t bucket = WeightBuckets::of(after);
-    word(counts[code.state(new_leaf)][bucket]).fetch_add(1, std::memory_order_seq_cst);  // partner: highest_bucket
-    if (code.state(new_leaf) == LeafCode::kComputed) raise_highest(bucket);
-  }
+  if (prioritized()) WeightChanges(*this).add(slot, old_leaf, new_leaf);
 }
 
 // Makes the leaf's weight follow the priority and the exponent as they are now, whoever set them. The last to change
@@ -192,10 +128,13 @@ bool ReplayT<Access>::retire(const Place& at) {
 
 namespace {
 
-inline void require_issued(const int64_t* handles, size_t i, uint64_t issued) {
-  if (handles[i] >= 0 && static_cast<uint64_t>(handles[i]) < issued) return;
-  throw std::invalid_argument("handles[" + std::to_string(i) + "] is " + std::to_string(handles[i]) +
-                              ", which was never issued; handles so far lie in [0, " + std::to_string(issued) + ")");
+inline void require_issued(const int64_t* handles, size_t n, uint64_t issued) {
+  if (kernels().replay.are_below(handles, n, issued)) return;
+  for (size_t i = 0; i < n; ++i) {
+    if (handles[i] >= 0 && static_cast<uint64_t>(handles[i]) < issued) continue;
+    throw std::invalid_argument("handles[" + std::to_string(i) + "] is " + std::to_string(handles[i]) +
+                                ", which was never issued; handles so far lie in [0, " + std::to_string(issued) + ")");
+  }
 }
 
 }  // namespace
@@ -204,63 +143,37 @@ template <class Access>
 template <class Real>
 size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, size_t n) {
   SegmentHeader& h = header();
-  const uint64_t issued = next_ticket(), issued_lap = place_of(issued).lap;
+  const Place issued = place_of(next_ticket());
+  require_priorities("td_errors", td_errors, n);
+  require_issued(handles, n, issued.ticket);
   const PriorityMap map = priority_map();
   Scratch& s = scratch(n, 0);
-  float largest = 0.0f;
-  for (size_t i = 0; i < n; ++i) {
-    const double td_error = static_cast<double>(td_errors[i]);
-    if (!(td_error >= 0.0) || std::isinf(td_error)) {
-      throw std::invalid_argument("td_errors[" + std::to_string(i) + "] is " + std::to_string(td_error) +
-                                  "; priorities must be finite and not negative");
-    }
-    require_issued(handles, i, issued);
-    const float priority = PriorityMap::narrow(td_error);
-    largest = std::max(largest, priority);
-    s.bits[i] = std::bit_cast<uint32_t>(priority);
-    s.reals[i] = static_cast<double>(priority) + map.epsilon;
-  }
-  kernels().replay.powers(s.reals.data(), n, map.exponent);
-  uint64_t saturated = 0;
-  for (size_t i = 0; i < n; ++i) s.weights[i] = map.fixed(s.reals[i], &saturated);
-  for (size_t i = 0; i < n; ++i) {
-    const Place at = place_of(static_cast<uint64_t>(handles[i]));
-    s.slots[i] = at.slot;
-    s.words[i] = at.lap;
-  }
+  const float* const priorities = narrowed(td_errors, n, s.priorities);
+  const uint64_t saturated =
+      kernels().replay.weigh(priorities, n, map.epsilon, map.exponent, map.largest, s.weights.data());
+  for (size_t i = 0; i < n; ++i) follow(issued, static_cast<uint64_t>(handles[i]), &s.slots[i], &s.words[i]);
 
   const LeafCode& code = tree_.code;
   // Of rows older than this the lap bits alone might have come round to the same value again.
   const uint64_t laps_told_apart = code.lap_mask / 2;
   constexpr size_t kAhead = 16;
   size_t refused = 0;
-  const auto change_bucket = [&s](LeafCode::State state, uint64_t weight, int32_t by) {
-    const size_t bucket = WeightBuckets::of(weight);
-    int32_t& change = s.bucket_changes[state][bucket];
-    if (change == 0) s.touched.push_back(static_cast<uint32_t>(state * kBuckets + bucket));
-    change += by;
-  };
   const auto prefetch = [&](size_t i) __attribute__((always_inline)) {
     tree_.prefetch(s.slots[i]);
     __builtin_prefetch(record_at(s.slots[i]), 1);
   };
   for (size_t i = 0; i < std::min(kAhead, n); ++i) prefetch(i);
-  int64_t* own_top = nullptr;
-  if (2 * n >= tree_.top_nodes() && n >= 512) {
-    s.tops.resize(std::max(s.tops.size(), tree_.top_nodes()), 0);
-    own_top = s.tops.data();
-  }
   {
-    typename PriorityTree<Access>::Deltas deltas(tree_, own_top);
+    WeightChanges changes(*this, n);
     for (size_t i = 0; i < n; ++i) {
       if (i + kAhead < n) prefetch(i + kAhead);
       const Place at{static_cast<uint64_t>(handles[i]), s.slots[i], s.words[i]};
       const Word<uint64_t> leaf = tree_.leaf(at.slot), priority = word_at(at.slot, RecordLayout::kPriority);
-      const uint64_t own = RecordPriority::of(std::bit_cast<float>(static_cast<uint32_t>(s.bits[i])), at.lap);
+      const uint64_t own = RecordPriority::of(priorities[i], at.lap);
       const uint64_t next = code.make(at.lap, LeafCode::kComputed, s.weights[i]);
       uint64_t found = leaf.load(std::memory_order_acquire);
       bool written = false;
-      if (at.lap + laps_told_apart >= issued_lap && code.has_lap(found, at.lap) && code.is_row(found)) {
+      if (at.lap + laps_told_apart >= issued.lap && code.has_lap(found, at.lap) && code.is_row(found)) {
         priority.store(own, std::memory_order_release);  // partner: sync_leaf and the load below
         while (code.has_lap(found, at.lap) && code.is_row(found)) {
           // release: a compare-and-swap goes on with the publisher's release sequence, too. acquire: as in sync_leaf.
@@ -274,10 +187,7 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
         ++refused;
         continue;
       }
-      const uint64_t old_weight = code.weight(found);
-      deltas.add(at.slot, static_cast<int64_t>(s.weights[i]) - static_cast<int64_t>(old_weight));
-      if (old_weight != 0) change_bucket(code.state(found), old_weight, -1);
-      if (s.weights[i] != 0) change_bucket(LeafCode::kComputed, s.weights[i], +1);
+      changes.add(at.slot, found, next);
       uint64_t now = priority.load(std::memory_order_acquire);
       if (now != own) [[unlikely]] {  // another update of this row came in between, or one too late for the row before
         // Not where the slot's next row is there already: its priority stays.
@@ -288,16 +198,7 @@ size_t ReplayT<Access>::update(const int64_t* handles, const Real* td_errors, si
       }
     }
   }
-  for (const uint32_t place : s.touched) {
-    const size_t computed = place / kBuckets, bucket = place % kBuckets;
-    const int32_t by = s.bucket_changes[computed][bucket];
-    s.bucket_changes[computed][bucket] = 0;
-    if (by == 0) continue;
-    word(h.buckets[s.count_set][computed][bucket]).fetch_add(by, std::memory_order_seq_cst);  // partner: highest_bucket
-    if (by > 0 && computed != 0) raise_highest(bucket);
-  }
-  s.touched.clear();
-  raise_historic(largest);
+  raise_historic(largest_of(priorities, n));
   if (refused != 0) word(h.refused_updates).fetch_add(refused, std::memory_order_relaxed);
   if (saturated != 0) word(h.saturated_weights).fetch_add(saturated, std::memory_order_relaxed);
   // acq_rel: partner of set_priority_exponent. Either it sees these weights, or this sees its exponent.
@@ -313,7 +214,7 @@ size_t ReplayT<Access>::remove(const int64_t* handles, size_t n) {
   SegmentHeader& h = header();
   const uint64_t issued = next_ticket(), issued_lap = place_of(issued).lap;
   const uint64_t laps_told_apart = tree_.code.lap_mask / 2;
-  for (size_t i = 0; i < n; ++i) require_issued(handles, i, issued);
+  require_issued(handles, n, issued);
   size_t refused = 0;
   for (size_t i = 0; i < n; ++i) {
     const Place at = place_of(static_cast<uint64_t>(handles[i]));
@@ -348,7 +249,7 @@ void ReplayT<Access>::set_priority_exponent(double exponent) {
       for (size_t i = 0; i < n; ++i) {
         s.words[i] = tree_.leaf(first + i).load(std::memory_order_acquire);
         s.slots[i] = 0;
-        s.reals[i] = 0.0;
+        s.priorities[i] = 0.0f;
         if (code.lap(s.words[i]) == 0 || !code.is_row(s.words[i])) continue;
         s.bits[i] = word_at(first + i, RecordLayout::kPriority).load(std::memory_order_acquire);
         s.slots[i] = RecordHead::lap(word_at(first + i, RecordLayout::kHead).load(std::memory_order_acquire));
@@ -361,19 +262,19 @@ void ReplayT<Access>::set_priority_exponent(double exponent) {
             s.bits[i] = mended;
           }
         }
-        s.reals[i] = static_cast<double>(RecordPriority::value(s.bits[i])) + map.epsilon;
+        s.priorities[i] = RecordPriority::value(s.bits[i]);
       }
-      kernels().replay.powers(s.reals.data(), n, exponent);
+      kernels().replay.weigh(s.priorities.data(), n, map.epsilon, exponent, map.largest, s.weights.data());
+      WeightChanges changes(*this);
       for (size_t i = 0; i < n; ++i) {
         const Place at{0, first + i, s.slots[i]};
         if (at.lap == 0 || !code.has_lap(s.words[i], at.lap)) continue;
-        uint64_t saturated = 0;
         uint64_t found = s.words[i];
-        const uint64_t next = code.make(at.lap, code.state(found), map.fixed(s.reals[i], &saturated));
+        const uint64_t next = code.make(at.lap, code.state(found), s.weights[i]);
         if (next == found && tree_.leaf(at.slot).load(std::memory_order_acquire) == found) continue;
         if (tree_.leaf(at.slot).compare_exchange_strong(found, next, std::memory_order_acq_rel,
                                                         std::memory_order_relaxed)) {
-          change_weight(at.slot, s.words[i], next);
+          changes.add(at.slot, s.words[i], next);
           if (word_at(at.slot, RecordLayout::kPriority).load(std::memory_order_acquire) == s.bits[i]) continue;
         }
         sync_leaf(at, false);

@@ -388,6 +388,44 @@ void powers(double* values, size_t n, double exponent) {
   }
 }
 
+template <class Real>
+inline bool are_priorities(const Real* priorities, size_t n, Real largest) {
+  unsigned bad = 0;
+  for (size_t i = 0; i < n; ++i) bad |= !(priorities[i] >= 0 && priorities[i] <= largest);
+  return bad == 0;
+}
+
+bool are_priorities_f32(const float* priorities, size_t n) { return are_priorities(priorities, n, __FLT_MAX__); }
+bool are_priorities_f64(const double* priorities, size_t n) { return are_priorities(priorities, n, __DBL_MAX__); }
+
+bool are_below(const int64_t* values, size_t n, uint64_t limit) {
+  uint64_t bad = 0;
+  for (size_t i = 0; i < n; ++i) bad |= static_cast<uint64_t>(values[i]) >= limit;
+  return bad == 0;
+}
+
+uint64_t weigh(const float* priorities, size_t n, double epsilon, double exponent, uint64_t largest,
+               uint64_t* weights) {
+  constexpr size_t kPiece = 64;
+  const double limit = static_cast<double>(largest);
+  uint64_t cut = 0;
+  for (size_t start = 0; start < n; start += kPiece) {
+    double reals[kPiece];
+    const size_t count = n - start < kPiece ? n - start : kPiece;
+    for (size_t i = 0; i < count; ++i) reals[i] = static_cast<double>(priorities[start + i]) + epsilon;
+    powers(reals, count, exponent);
+    for (size_t i = 0; i < count; ++i) {
+      const double scaled = reals[i] * kWeightUnit;
+      const bool over = !(scaled < limit);
+      const int64_t rounded = static_cast<int64_t>((over ? 0.0 : scaled) + 0.5);
+      const int64_t least = reals[i] > 0.0 ? 1 : 0;
+      weights[start + i] = over ? largest : static_cast<uint64_t>(rounded > least ? rounded : least);
+      cut += over;
+    }
+  }
+  return cut;
+}
+
 constexpr ReplayKernels replay_kernels = {
     .nan_rows_f32 = nan_rows_f32,
     .nan_rows_f64 = nan_rows_f64,
@@ -397,5 +435,9 @@ constexpr ReplayKernels replay_kernels = {
     .descend = descend,
     .descend_leaves = descend_leaves,
     .gather = gather,
+    .are_priorities_f32 = are_priorities_f32,
+    .are_priorities_f64 = are_priorities_f64,
+    .are_below = are_below,
+    .weigh = weigh,
     .powers = powers,
 };

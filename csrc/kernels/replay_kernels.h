@@ -7,6 +7,8 @@
 
 namespace angle {
 
+constexpr double kWeightUnit = 0x1p20;  // the integer weight that stands for 1
+
 constexpr uint64_t kLost = ~0ull;  // index of a draw that met fewer weight than the sums above promised
 
 // One field of a record on its way out: `bytes` at `offset` of row i go to out + i * stride.
@@ -44,6 +46,18 @@ struct ReplayKernels {
   // Copies the fields of each row out of the records; rows with slot kLost are left alone. Cost: the bytes.
   void (*gather)(const uint8_t* records, size_t record_bytes, const uint64_t* slots, size_t count,
                  const FieldCopy* fields, size_t field_count);
+
+  // Whether all of n priorities are finite and not negative. Cost n. Any thread.
+  bool (*are_priorities_f32)(const float* priorities, size_t n);
+  bool (*are_priorities_f64)(const double* priorities, size_t n);
+  // Whether all of n values lie in [0, limit). Cost n. Any thread.
+  bool (*are_below)(const int64_t* values, size_t n, uint64_t limit);
+
+  // Priorities to integer weights: weights[i] = (priorities[i] + epsilon) ** exponent, as powers has it, times
+  // kWeightUnit and rounded; a positive one never becomes 0, and one beyond `largest` is cut to it. Returns how many
+  // were cut. Equal on every ISA. Cost n. Any thread.
+  uint64_t (*weigh)(const float* priorities, size_t n, double epsilon, double exponent, uint64_t largest,
+                    uint64_t* weights);
 
   // values[i] = values[i] ** exponent for finite values >= 0 by fixed float64 arithmetic, equal on every ISA to the
   // last bit; 0 ** 0 is 1. Relative error below 1e-13 for results in float64's normal range. Cost n.

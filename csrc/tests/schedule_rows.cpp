@@ -372,7 +372,7 @@ Explored without_replacement(const Exploration& exploration) {
 // More than one level of sums.
 Explored two_levels(const Exploration& exploration) {
   WorldOptions options;
-  options.capacity = 17000;
+  options.capacity = 132000;
   World world(options);
   const std::vector<int64_t> rows = world.insert(0, 10);
   world.keep();

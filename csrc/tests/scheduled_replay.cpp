@@ -230,8 +230,12 @@ void World::begin(Run& run) {
   }
   run.name(replay_.segment() + layout.records_at, options_.capacity, layout.record_bytes, "record");
   run.name(replay_.segment() + layout.streams_at, 16, 8, "stream");
-  run.name(h.buckets[0], kBuckets, 8, "default bucket");
-  run.name(h.buckets[1], kBuckets, 8, "computed bucket");
+  for (size_t set = 0; set < kCountSets; ++set) {
+    const std::string name = "counts" + std::to_string(set);
+    run.name(&h.counts[set].claimed, 1, 8, name + " claimed");
+    run.name(h.counts[set].rows, kBuckets, 8, name + " default");
+    run.name(h.counts[set].rows + kBuckets, kBuckets, 8, name + " computed");
+  }
   run.name(&h.next_ticket, 1, 8, "next_ticket");
   run.name(&h.highest_bucket, 1, 8, "highest_bucket");
   run.name(&h.exponent, 1, 8, "exponent");

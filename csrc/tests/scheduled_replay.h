@@ -17,6 +17,7 @@ struct ScheduledAccess : WordAccessT<ScheduledWord> {
   static S& own() {
     return scheduled_local<S>();
   }
+  static size_t lane() { return 0; }  // so that all threads want the same set of counts
 };
 
 }  // namespace angle::testing

@@ -4,6 +4,7 @@
 #include <random>
 #include <vector>
 
+#include "core/counts.h"
 #include "core/layout.h"
 #include "core/philox.h"
 #include "core/tree.h"

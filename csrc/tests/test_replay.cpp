@@ -59,8 +59,8 @@ TEST_CASE("stale handles are refused, the last of equal handles wins") {
   CHECK(replay.update(handles.data(), td_errors.data(), 6) == 3);
   std::vector<int64_t> weights(8);
   replay.read_weights(weights.data());
-  CHECK(weights[3] == std::llround(std::pow(2 + 1e-6, 0.6) * Replay::kUnit));
-  CHECK(weights[1] == std::llround(std::pow(4 + 1e-6, 0.6) * Replay::kUnit));
+  CHECK(weights[3] == std::llround(std::pow(2 + 1e-6, 0.6) * kWeightUnit));
+  CHECK(weights[1] == std::llround(std::pow(4 + 1e-6, 0.6) * kWeightUnit));
   CHECK(replay.sums_are_exact());
   CHECK(replay.stats().refused_updates == 3);
   CHECK(replay.stats().updates == 3);
@@ -89,13 +89,13 @@ TEST_CASE("a bad priority or handle changes nothing") {
 TEST_CASE("new rows weigh as much as the largest computed priority that still lives") {
   Replay replay(options(4), row_layout());
   std::vector<int64_t> handles;
-  CHECK(replay.default_weight().weight == static_cast<uint64_t>(std::llround(std::pow(1 + 1e-6, 0.6) * Replay::kUnit)));
+  CHECK(replay.default_weight().weight == static_cast<uint64_t>(std::llround(std::pow(1 + 1e-6, 0.6) * kWeightUnit)));
   insert_values(replay, range(0, 4), handles);
   const std::vector<double> td_errors{1000, 2, 3, 0.5};
   replay.update(handles.data(), td_errors.data(), 4);
   const auto near = [&](double priority) {
     const double ratio =
-        static_cast<double>(replay.default_weight().weight) / (std::pow(priority + 1e-6, 0.6) * Replay::kUnit);
+        static_cast<double>(replay.default_weight().weight) / (std::pow(priority + 1e-6, 0.6) * kWeightUnit);
     return ratio >= 1.0 - 1e-9 && ratio <= 1.05;
   };
   CHECK(near(1000));

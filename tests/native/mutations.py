@@ -29,6 +29,7 @@ class Mutation:
 
 ACCESS = "core/access.h"
 TREE = "core/tree.h"
+COUNTS = "core/counts.h"
 REPLAY = "core/replay.h"
 INSERT = "core/insert.inl"
 SAMPLE = "core/sample.inl"
@@ -40,10 +41,7 @@ KERNELS = "kernels/replay.inl"
 PUBLISH_LAST = """at.ticket, own.priority);
   publish(writer, at, own);
   if (static_cast"""
-PUBLISH = """  tree_.leaf(at.slot).store(
-      tree_.code.make(at.lap, own.computed ? LeafCode::kComputed : LeafCode::kDefault, own.weight),
-      std::memory_order_release);
-"""
+PUBLISH = "  tree_.leaf(at.slot).store(leaf, std::memory_order_release);\n"
 CLAIM = """    if (code.state(found) == LeafCode::kBusy || passed) return false;
 """
 UPDATE_FOUND = "if (at.lap + laps_told_apart >= issued_lap && code.has_lap(found, at.lap) && code.is_row(found)) {"
@@ -271,7 +269,7 @@ void descend_leaves(""",
     Mutation(
         name="keep the weight of an overwritten row in the sums",
         promise=2,
-        edits=((INSERT, "    deltas.add(slot, -static_cast<int64_t>(weight));\n", ""),),
+        edits=((INSERT, "    if (replay.prioritized()) changes.add(slot, old_leaf, 0);\n", ""),),
         caught_by=("schedule", "insert_blocks"),
     ),
     Mutation(
@@ -280,8 +278,8 @@ void descend_leaves(""",
         edits=(
             (
                 UPDATE,
-                "deltas.add(at.slot, static_cast<int64_t>(s.weights[i]) - static_cast<int64_t>(old_weight));",
-                "deltas.add(at.slot, static_cast<int64_t>(s.weights[i]));",
+                "changes.add(at.slot, found, next);",
+                "changes.add(at.slot, 0, next);",
             ),
         ),
         caught_by=("schedule", "update_same_row"),
@@ -328,6 +326,26 @@ void descend_leaves(""",
         ),
         caught_by=("schedule", "update_same_row"),
     ),
+    Mutation(
+        name="counts are added to without a claim",
+        promise=2,
+        edits=(
+            (
+                COUNTS,
+                """                           .compare_exchange_strong(free, 1, std::memory_order_acquire, std::memory_order_relaxed);
+""",
+                """                               .load(std::memory_order_relaxed) >= free;
+""",
+            ),
+        ),
+        caught_by=("schedule", "update_same_row"),
+    ),
+    Mutation(
+        name="a claim of counts does not acquire",
+        promise=2,
+        edits=((COUNTS, "(free, 1, std::memory_order_acquire,", "(free, 1, std::memory_order_relaxed,"),),
+        caught_by=("schedule", "update_same_row"),
+    ),
     # 3: draws are off by no more than the weight in flight.
     Mutation(
         name="sums overshoot on their way",
@@ -345,7 +363,7 @@ void descend_leaves(""",
     Mutation(
         name="a negative sum counts",
         promise=3,
-        edits=((KERNELS, "    total += value > 0 ? value : 0;\n", "    total += value;\n"),),
+        edits=((KERNELS, "    total += prefix[i] > 0 ? prefix[i] : 0;\n", "    total += prefix[i];\n"),),
         caught_by=("native", "prefix sums and location read negative sums as nothing"),
     ),
     Mutation(
@@ -439,7 +457,15 @@ void descend_leaves(""",
     Mutation(
         name="the largest priority is lowered under a writer's hands",
         promise=5,
-        edits=((UPDATE, "    if (by > 0 && computed != 0) raise_highest(bucket);\n", ""),),
+        edits=((COUNTS, "      counts_.raise_highest(highest);\n", ""),),
+        caught_by=("schedule", "live_maximum"),
+    ),
+    Mutation(
+        name="the largest priority is looked for before its counts are seen",
+        promise=5,
+        edits=(
+            (COUNTS, "word(header_->counts[set].claimed).fetch_add(0, std::memory_order_acq_rel);", "static_cast<void>(set);"),
+        ),
         caught_by=("schedule", "live_maximum"),
     ),
     # 6: reproducible.
