@@ -1,4 +1,8 @@
-size_t nan_rows_f32(const float* values, size_t n, size_t width) {
+template <class Real>
+inline size_t nan_rows(const Real* values, size_t n, size_t width) {
+  int any = 0;
+  for (size_t i = 0; i < n * width; ++i) any |= values[i] != values[i];
+  if (any == 0) return 0;  // as nearly always
   size_t rows = 0;
   for (size_t row = 0; row < n; ++row, values += width) {
     int found = 0;
@@ -8,15 +12,8 @@ size_t nan_rows_f32(const float* values, size_t n, size_t width) {
   return rows;
 }
 
-size_t nan_rows_f64(const double* values, size_t n, size_t width) {
-  size_t rows = 0;
-  for (size_t row = 0; row < n; ++row, values += width) {
-    int found = 0;
-    for (size_t i = 0; i < width; ++i) found |= values[i] != values[i];
-    rows += found != 0;
-  }
-  return rows;
-}
+size_t nan_rows_f32(const float* values, size_t n, size_t width) { return nan_rows(values, n, width); }
+size_t nan_rows_f64(const double* values, size_t n, size_t width) { return nan_rows(values, n, width); }
 
 // Eight 64-bit lanes; the compiler splits them where the ISA's vectors are shorter.
 typedef uint64_t Lanes __attribute__((vector_size(64)));
