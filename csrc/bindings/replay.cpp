@@ -371,7 +371,7 @@ class PyReplay {
     for (const DLDataType type : {DLDataType{2, 32}, DLDataType{2, 32}, DLDataType{0, 64}, DLDataType{0, 64}}) {
       tensors.push_back({type, {}, type.bits / size_t{8}});
     }
-    const size_t pooled = std::clamp<size_t>(replay_->bytes() / 16, size_t{1} << 20, size_t{256} << 20);
+    const size_t pooled = std::clamp<size_t>(replay_->bytes() / 16, size_t{32} << 20, size_t{256} << 20);
     maker_ = std::make_unique<BatchMaker>(std::move(tensors), pooled);
     row_bytes_ = replay_->record().row_bytes();
   }

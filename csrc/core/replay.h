@@ -252,9 +252,11 @@ class ReplayT {
   void draw_again(const SampleRequest& request, const SampleOut& out, size_t i, uint64_t call, Overlay* overlay,
                   Scratch& s);
   bool complete(const SampleRequest& request, const SampleOut& out, size_t first, size_t count, Scratch& s);
+  bool complete_all(const SampleRequest& request, const SampleOut& out, Scratch& s);
   void walk_windows(const SampleRequest& request, const SampleOut& out, size_t first, size_t count, Scratch& s);
   void fetch_successors(const SampleOut& out, size_t first, size_t count, Scratch& s);
-  void fetch_frames(const SampleOut& out, bool successors, size_t first, size_t count, Scratch& s);
+  void find_frames(const SampleOut& out, bool successors, size_t first, size_t count, Scratch& s);
+  void copy_frames(const SampleOut& out, size_t first, size_t count, Scratch& s);
   void gather(const uint64_t* slots, size_t count, const std::vector<FieldCopy>& fields) const;
   void write_weights(const SampleRequest& request, const SampleOut& out, Scratch& s) const;
   bool usable(uint64_t slot, uint64_t leaf) const {

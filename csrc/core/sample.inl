@@ -57,9 +57,8 @@ bool ReplayT<Access>::complete(const SampleRequest& request, const SampleOut& ou
   s.fields.push_back({reinterpret_cast<uint8_t*>(&s.headers[4 * first]), 0, record_.header_bytes, 32});
   for (size_t f = 0; f < record_.fields.size(); ++f) {
     const Field& field = record_.fields[f];
-    if (out.fields[f] == nullptr || ((windows || shares()) && record_.is_successor(f))) continue;
-    s.fields.push_back(
-        {out.fields[f] + first * field.bytes + (field.bytes - field.kept()), field.offset, field.kept(), field.bytes});
+    if (out.fields[f] == nullptr || field.frames > 1 || ((windows || shares()) && record_.is_successor(f))) continue;
+    s.fields.push_back({out.fields[f] + first * field.bytes, field.offset, field.bytes, field.bytes});
   }
   if (windows) {
     const Field& reward = record_.fields[record_.roles.reward];
@@ -94,10 +93,13 @@ bool ReplayT<Access>::complete(const SampleRequest& request, const SampleOut& ou
     s.end_laps[i] = RecordHead::lap(s.headers[4 * i]);
     std::copy_n(&s.headers[4 * i], 4, &s.walked[4 * i]);
   }
-  if (record_.stack > 1) fetch_frames(out, false, first, count, s);
+  if (record_.stack > 1) find_frames(out, false, first, count, s);
   if (windows) walk_windows(request, out, first, count, s);
   fetch_successors(out, first, count, s);
-  if (record_.stack > 1) fetch_frames(out, true, first, count, s);
+  if (record_.stack > 1) {
+    find_frames(out, true, first, count, s);
+    copy_frames(out, first, count, s);
+  }
   return std::find(&s.whole[first], &s.whole[first] + count, 0) == &s.whole[first] + count;
 }
 
@@ -204,9 +206,8 @@ void ReplayT<Access>::fetch_successors(const SampleOut& out, size_t first, size_
   s.fields.push_back({reinterpret_cast<uint8_t*>(&s.walked[4 * first]), 0, record_.header_bytes, 32});
   for (size_t f = record_.fields.size() - record_.roles.observations; f < record_.fields.size(); ++f) {
     const Field& field = record_.fields[f];
-    if (out.fields[f] == nullptr) continue;
-    s.fields.push_back(
-        {out.fields[f] + first * field.bytes + (field.bytes - field.kept()), field.offset, field.kept(), field.bytes});
+    if (out.fields[f] == nullptr || field.frames > 1) continue;
+    s.fields.push_back({out.fields[f] + first * field.bytes, field.offset, field.bytes, field.bytes});
   }
   gather(&s.ends[first], count, s.fields);
   for (size_t i = first; i < first + count; ++i) {
@@ -218,40 +219,95 @@ void ReplayT<Access>::fetch_successors(const SampleOut& out, size_t first, size_
   }
 }
 
-// The older frames of the observations in s.ends, newest to oldest; where a chain ends, its oldest frame repeats.
+// Which records hold the frames of the stacks whose newest are in s.ends; where a chain ends, its oldest repeats.
 template <class Access>
-void ReplayT<Access>::fetch_frames(const SampleOut& out, bool successors, size_t first, size_t count, Scratch& s) {
+void ReplayT<Access>::find_frames(const SampleOut& out, bool successors, size_t first, size_t count, Scratch& s) {
+  const size_t stack = record_.stack;
+  if (s.frames.size() < 2 * stack * (first + count)) s.frames.resize(2 * stack * (first + count));
+  const auto frames_of = [&](size_t i) { return &s.frames[(2 * i + (successors ? 1 : 0)) * stack]; };
   for (size_t i = first; i < first + count; ++i) {
     s.walk[i] = s.whole[i] != 0 ? s.ends[i] : kLost;
+    if (s.walk[i] == kLost) continue;
+    Place* const frames = frames_of(i);
+    frames[stack - 1] = {0, s.ends[i], s.end_laps[i]};
     s.walk_laps[i] = s.end_laps[i];
-    s.bits[i] = s.walked[4 * i + 3];  // the ticket before
-  }
-  std::vector<uint64_t> header(4 * count);
-  for (uint32_t frame = record_.stack - 1; frame-- > 0;) {
-    s.fields.clear();
-    s.fields.push_back({reinterpret_cast<uint8_t*>(header.data()), 0, record_.header_bytes, 32});
-    for (size_t f = 0; f < record_.roles.observations; ++f) {
-      const Field& field = record_.fields[f];
-      uint8_t* const to = out.fields[successors ? record_.successor_of(f) : f];
-      if (field.frames == 1 || to == nullptr) continue;
-      s.fields.push_back({to + first * field.bytes + frame * field.kept(), field.offset, field.kept(), field.bytes});
+    s.bits[i] = s.walked[4 * i + 3];                                         // the ticket before
+    if (successors && s.bits[i] == static_cast<uint64_t>(out.handles[i])) {  // mostly: the observation's own record
+      std::copy_n(frames - stack + 1, stack - 1, frames);
+      s.walk[i] = kLost;
     }
+  }
+  s.fields.assign(1, {reinterpret_cast<uint8_t*>(&s.bits[first]), RecordLayout::kPrevious, 8, 8});
+  for (size_t frame = stack - 1; frame-- > 0;) {
     for (size_t i = first; i < first + count; ++i) {
       if (s.walk[i] == kLost) continue;
       const Place at{ticket_of(s.walk[i], s.walk_laps[i]), s.walk[i], s.walk_laps[i]};
       follow(at, s.bits[i], &s.walk[i], &s.walk_laps[i]);
+      frames_of(i)[frame] = {0, s.walk[i], s.walk_laps[i]};
     }
+    if (frame == 0) break;
     gather(&s.walk[first], count, s.fields);
     for (size_t i = first; i < first + count; ++i) {
       if (s.walk[i] == kLost) continue;
-      if (has_lap({0, s.walk[i], s.walk_laps[i]})) {
-        s.bits[i] = header[4 * (i - first) + 3];
-      } else {
+      if (!has_lap({0, s.walk[i], s.walk_laps[i]})) {
         s.whole[i] = 0;
         s.walk[i] = kLost;
       }
     }
   }
+}
+
+// The stacks themselves, row by row and oldest frame first: a row's frames mostly lie side by side, and those that its
+// two stacks share are read once.
+template <class Access>
+void ReplayT<Access>::copy_frames(const SampleOut& out, size_t first, size_t count, Scratch& s) {
+  const size_t stack = record_.stack;
+  bool wanted = true;  // all stacks of observations, of which the successors' could be copied
+  for (size_t f = 0; f < record_.roles.observations; ++f)
+    wanted &= record_.fields[f].frames == 1 || out.fields[f] != nullptr;
+  const auto copy = [&](size_t i, bool successor, size_t frame) {
+    s.fields.clear();
+    for (size_t f = 0; f < record_.roles.observations; ++f) {
+      const Field& field = record_.fields[f];
+      uint8_t* const to = out.fields[successor ? record_.successor_of(f) : f];
+      if (field.frames == 1 || to == nullptr) continue;
+      s.fields.push_back({to + i * field.bytes + frame * field.kept(), field.offset, field.kept(), field.bytes});
+    }
+    gather(&s.frames[(2 * i + (successor ? 1 : 0)) * stack + frame].slot, 1, s.fields);
+  };
+  for (size_t i = first; i < first + count; ++i) {
+    if (s.whole[i] == 0) continue;
+    if (i + 1 < first + count && s.whole[i + 1] != 0) {
+      const uint8_t* const next = record_at(s.frames[2 * (i + 1) * stack].slot);
+      for (size_t at = 0; at < std::min<size_t>(layout_.record_bytes, 1024); at += kLine) __builtin_prefetch(next + at);
+    }
+    const Place* const frames = &s.frames[2 * i * stack];
+    for (size_t frame = 0; frame < stack; ++frame) copy(i, false, frame);
+    const auto same = [](const Place& a, const Place& b) { return a.slot == b.slot && a.lap == b.lap; };
+    const bool shared = wanted && std::equal(frames + 1, frames + stack, frames + stack, same);
+    for (size_t f = 0; shared && f < record_.roles.observations; ++f) {
+      const Field& field = record_.fields[f];
+      uint8_t* const to = out.fields[record_.successor_of(f)];
+      if (field.frames == 1 || to == nullptr) continue;
+      std::memcpy(to + i * field.bytes, out.fields[f] + i * field.bytes + field.kept(), field.bytes - field.kept());
+    }
+    for (size_t frame = shared ? stack - 1 : 0; frame < stack; ++frame) copy(i, true, frame);
+    for (size_t frame = 0; frame < 2 * stack; ++frame) s.whole[i] &= has_lap(frames[frame]);
+  }
+}
+
+// The whole batch, in blocks of rows that stay in the core's caches from pass to pass.
+template <class Access>
+bool ReplayT<Access>::complete_all(const SampleRequest& request, const SampleOut& out, Scratch& s) {
+  constexpr size_t kBlockBytes = size_t{1} << 18;
+  size_t bytes = 1;  // of a row, but for stacks, which are copied row by row
+  for (const Field& field : record_.fields) bytes += field.frames == 1 ? field.bytes : 0;
+  const size_t block = std::max<size_t>(1, kBlockBytes / bytes);
+  bool whole = true;
+  for (size_t first = 0; first < request.n; first += block) {
+    whole &= complete(request, out, first, std::min(block, request.n - first), s);
+  }
+  return whole;
 }
 
 // The slow path: under weight in flight the sums promised more than the leaves held, or the row was overwritten.
@@ -286,14 +342,14 @@ void ReplayT<Access>::draw(const SampleRequest& request, const SampleOut& out, u
   kernels().replay.philox_draws(header().seed, call, kSample, s.bits.data(), n);
   choose(request, total, s);
   if (request.replacement) {
-    const bool whole = complete(request, out, 0, n, s);
+    const bool whole = complete_all(request, out, s);
     for (size_t i = 0; !whole && i < n; ++i) {
       if (s.whole[i] == 0) draw_again(request, out, i, call, nullptr, s);
     }
   } else {
     Overlay overlay(2 * n, tree_.shape());
     choose_distinct(request, call, overlay, s);
-    complete(request, out, 0, n, s);
+    complete_all(request, out, s);
     for (size_t i = 0; i < n; ++i) {
       if (s.whole[i] == 0) draw_again(request, out, i, call, &overlay, s);
     }

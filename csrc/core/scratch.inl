@@ -18,6 +18,7 @@ struct ReplayT<Access>::Scratch {
   std::vector<uint8_t> whole;                             // [n] the row was copied whole
   std::vector<uint64_t> ends, end_laps, walk, walk_laps;  // [n] slots and laps along a window or a stack
   std::vector<uint64_t> walked;                           // [4 n] headers met on the way
+  std::vector<Place> frames;                              // [2 stack n] records of a row's frames, its successor's last
   std::vector<FieldCopy> fields;
   std::vector<uint64_t> rows;  // slots that a uniform batch may still draw, once it had to list them
   std::vector<uint8_t> shown;  // a piece of a record to compare

@@ -73,12 +73,9 @@ void philox_draws(uint64_t key, uint64_t counter, uint64_t stream, uint64_t* out
   }
 }
 
-constexpr size_t kPrefetchedBytes = 1024;  // longer records keep the hardware's own prefetcher busy
-
 // Inlined by force: gcc takes a function that only prefetches for one without effect and drops the calls.
-__attribute__((always_inline)) inline void prefetch_record(const uint8_t* records, size_t record_bytes, uint64_t slot) {
-  if (record_bytes > kPrefetchedBytes) return;
-  for (size_t at = 0; at < record_bytes; at += 64) __builtin_prefetch(records + slot * record_bytes + at, 0, 3);
+__attribute__((always_inline)) inline void prefetch_record(const uint8_t* record, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(record + at, 0, 3);
 }
 
 inline int64_t load_once(const int64_t* address) { return __atomic_load_n(address, __ATOMIC_RELAXED); }
@@ -100,9 +97,8 @@ inline void add_groups(const int64_t* nodes, int64_t* sums) {
     return _mm256_add_epi64(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
   };
   const __m256i ab = pairs(0), cd = pairs(2);
-  _mm256_storeu_si256(
-      reinterpret_cast<__m256i*>(sums),
-      _mm256_add_epi64(_mm256_permute2x128_si256(ab, cd, 0x20), _mm256_permute2x128_si256(ab, cd, 0x31)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), _mm256_add_epi64(_mm256_permute2x128_si256(ab, cd, 0x20),
+                                                                         _mm256_permute2x128_si256(ab, cd, 0x31)));
 }
 #endif
 
@@ -320,11 +316,19 @@ inline void copy_bytes(uint8_t* out, const uint8_t* in, size_t bytes) {
 void gather(const uint8_t* records, size_t record_bytes, const uint64_t* slots, size_t count, const FieldCopy* fields,
             size_t field_count) {
   constexpr size_t kAhead = 32, kLarge = 2048;
+  size_t needed = 0;  // bytes from a record's beginning on
+  for (size_t f = 0; f < field_count; ++f) {
+    const size_t end = fields[f].offset + size_t{fields[f].bytes};
+    needed = end > needed ? end : needed;
+  }
+  if (needed > 1024) needed = 0;  // longer pieces keep the hardware's own prefetcher busy
   for (size_t i = 0; i < kAhead && i < count; ++i) {
-    if (slots[i] != kLost) prefetch_record(records, record_bytes, slots[i]);
+    if (slots[i] != kLost) prefetch_record(records + slots[i] * record_bytes, needed);
   }
   for (size_t i = 0; i < count; ++i) {
-    if (i + kAhead < count && slots[i + kAhead] != kLost) prefetch_record(records, record_bytes, slots[i + kAhead]);
+    if (i + kAhead < count && slots[i + kAhead] != kLost) {
+      prefetch_record(records + slots[i + kAhead] * record_bytes, needed);
+    }
     if (slots[i] == kLost) continue;
     const uint8_t* record = records + slots[i] * record_bytes;
     for (size_t f = 0; f < field_count; ++f) {
