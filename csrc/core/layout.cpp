@@ -87,8 +87,8 @@ RecordLayout::RecordLayout(std::vector<Field> fields_in, const RowRoles& roles_i
 }
 
 TreeShape::TreeShape(uint64_t capacity) {
-  // Groups of one and two cache lines. Of a million rows a draw reads four lines, and an update adds to two sums, as the
-  // levels end where a sampler can add up the groups that are left, once a call.
+  // Groups of one and two cache lines. Of a million rows a draw reads four lines, and an update adds to two sums, as
+  // the levels end where a sampler can add up the groups that are left, once a call.
   constexpr uint32_t kShifts[kMaxLevels] = {3, 4, 3, 3, 3, 3, 3, 3, 3, 3};
   constexpr uint64_t kWidest = 16;
   uint64_t below = capacity;

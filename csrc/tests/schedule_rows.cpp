@@ -350,6 +350,22 @@ Explored live_maximum(const Exploration& exploration) {
   });
 }
 
+// It goes down and up again to where it was while others ask for it.
+Explored live_maximum_again(const Exploration& exploration) {
+  WorldOptions options;
+  options.capacity = 3;
+  World world(options);
+  const std::vector<int64_t> rows = world.insert(0, 3, {1.0f, 1.1f, 1.2f});
+  world.keep();
+  return explore(exploration, [&](Run& run) {
+    world.begin(run);
+    run.thread([&] { world.update({rows[2]}, {1.0f}); });
+    run.thread([&] { world.update({rows[1]}, {1.2f}); });
+    run.thread([&] { world.insert(1000); });
+    run.at_rest([&] { world.check(); });
+  });
+}
+
 Explored without_replacement(const Exploration& exploration) {
   WorldOptions options;
   options.capacity = 5;
@@ -472,6 +488,7 @@ std::vector<Scenario> row_scenarios() {
       {"exponent_update_insert", 4000, exponent_update_insert},
       {"exponent_twice", 4000, exponent_twice},
       {"live_maximum", 3000, live_maximum},
+      {"live_maximum_again", 3000, live_maximum_again},
       {"without_replacement", 2000, without_replacement},
       {"two_levels", 100, two_levels},
       {"alone", 100, alone},

@@ -464,9 +464,13 @@ void descend_leaves(""",
         name="the largest priority is looked for before its counts are seen",
         promise=5,
         edits=(
-            (COUNTS, "word(header_->counts[set].claimed).fetch_add(0, std::memory_order_acq_rel);", "static_cast<void>(set);"),
+            (
+                COUNTS,
+                "word(header_->counts[set].claimed).fetch_add(0, std::memory_order_acq_rel);",
+                "static_cast<void>(set);",
+            ),
         ),
-        caught_by=("schedule", "live_maximum"),
+        caught_by=("schedule", "live_maximum_again"),
     ),
     # 6: reproducible.
     Mutation(
