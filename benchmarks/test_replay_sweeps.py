@@ -153,6 +153,8 @@ def test_goals_are_judged():
     first = verdicts["prioritised sample, 256"]
     assert (first.measured, first.peer, first.peer_name, first.floor) == (12.0, 40.0, "tianshou", 6.0)
     assert first.words() == "met"
+    assert first.floors == (2.0, pytest.approx(15 / 6.2))
+    assert verdicts["update 256 priorities"].floors is None  # no floor was measured
     assert verdicts["update 256 priorities"].words() == "missed by 1.50x"
     cycles = verdicts["one inserting, one learning, Python threads: cycles"]
     assert (cycles.measured, cycles.words()) == (6000, "missed by 2.00x")

@@ -24,6 +24,7 @@ class Goal:
     rows: str = "halfcheetah"
     threads: int = 1
     figure: str = MEDIAN
+    floor: float | None = None  # what the floor took, in us, on the machine that the limit was set on
 
     def of(self, row: Row) -> float | None:
         """The figure of a row; None where the row is another operation's or lacks it."""
@@ -36,13 +37,13 @@ class Goal:
 
 
 GOALS = (
-    Goal(work="prioritised sample, 256", operation="sample", limit=15),
-    Goal(work="the same into out=", operation="sample_out", limit=10),
-    Goal(work="sample 8192", operation="sample", batch=8192, limit=240),
-    Goal(work="update 256 priorities", operation="update", limit=6),
-    Goal(work="update 8192 priorities", operation="update", batch=8192, limit=140),
-    Goal(work="insert 1 + sample 256 + update 256", operation="cycle", limit=22),
-    Goal(work="insert one row", operation="insert", batch=1, limit=1.5),
+    Goal(work="prioritised sample, 256", operation="sample", limit=15, floor=6.2),
+    Goal(work="the same into out=", operation="sample_out", limit=10, floor=6.2),
+    Goal(work="sample 8192", operation="sample", batch=8192, limit=240, floor=192),
+    Goal(work="update 256 priorities", operation="update", limit=6, floor=1.8),
+    Goal(work="update 8192 priorities", operation="update", batch=8192, limit=140, floor=43),
+    Goal(work="insert 1 + sample 256 + update 256", operation="cycle", limit=22, floor=7.4),
+    Goal(work="insert one row", operation="insert", batch=1, limit=1.5, floor=0.04),
     Goal(work="insert 1024 rows, a row", operation="insert_batch", batch=1024, limit=0.03, figure=PER_ROW),
     *(
         Goal(
@@ -64,7 +65,7 @@ GOALS = (
         )
     ),
     Goal(work="bytes a row", operation="insert", batch=1, limit=192 + 16, figure=BYTES),
-    Goal(work="Atari rows, sample 256", operation="sample", rows="atari", limit=600),
+    Goal(work="Atari rows, sample 256", operation="sample", rows="atari", limit=600, floor=557),
 )
 
 FLAT = 2.5  # times the cost at 100,000 rows that 10,000,000 may cost, batch 256
@@ -84,6 +85,14 @@ class Verdict:
     peer: float | None = None  # the best peer's
     peer_name: str | None = None
     floor: float | None = None
+    limit_floor: float | None = None  # the floor on the machine that the limit was set on
+
+    @property
+    def floors(self) -> tuple[float, float] | None:
+        """How many times the floor was measured, and how many the limit was: machines differ less in these."""
+        if self.measured is None or not self.floor or not self.limit_floor:
+            return None
+        return self.measured / self.floor, self.limit / self.limit_floor
 
     @property
     def met(self) -> bool | None:
@@ -137,6 +146,7 @@ def _verdict(goal: Goal, rows: Iterable[Row], capacity: int) -> Verdict:
         peer=peer,
         peer_name=name,
         floor=floor,
+        limit_floor=goal.floor,
     )
 
 
@@ -179,13 +189,15 @@ def _figure(value: float | None) -> str:
 
 def goals_table(verdicts: Iterable[Verdict]) -> str:
     """The verdicts as text, a line each."""
-    lines = [f"{'goal':<58}{'measured':>12}{'goal':>14}  {'':<20}{'best peer':>12}{'':<14}{'floor':>12}"]
+    lines = [f"{'goal':<58}{'measured':>12}{'goal':>14}  {'':<20}{'best peer':>12}{'':<14}{'floor':>12}{'x floor':>9}{'goal':>7}"]
     for verdict in verdicts:
         limit = f"{'>=' if verdict.at_least else '<='} {_figure(verdict.limit)}"
         peer = f" ({verdict.peer_name})" if verdict.peer_name else ""
+        floors = verdict.floors
+        times = "" if floors is None else f"{floors[0]:>9.2f}{floors[1]:>7.2f}"
         lines.append(
             f"{verdict.work + ', ' + verdict.unit:<58}{_figure(verdict.measured):>12}{limit:>14}  "
-            f"{verdict.words():<20}{_figure(verdict.peer):>12}{peer:<14}{_figure(verdict.floor):>12}".rstrip()
+            f"{verdict.words():<20}{_figure(verdict.peer):>12}{peer:<14}{_figure(verdict.floor):>12}{times}".rstrip()
         )
     return "\n".join(lines)
 
