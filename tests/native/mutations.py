@@ -332,10 +332,8 @@ void descend_leaves(""",
         edits=(
             (
                 COUNTS,
-                """                           .compare_exchange_strong(free, 1, std::memory_order_acquire, std::memory_order_relaxed);
-""",
-                """                               .load(std::memory_order_relaxed) >= free;
-""",
+                ".compare_exchange_strong(free, 1, std::memory_order_acquire, std::memory_order_relaxed);",
+                ".load(std::memory_order_relaxed) >= free;",
             ),
         ),
         caught_by=("schedule", "update_same_row"),

@@ -189,7 +189,8 @@ def _figure(value: float | None) -> str:
 
 def goals_table(verdicts: Iterable[Verdict]) -> str:
     """The verdicts as text, a line each."""
-    lines = [f"{'goal':<58}{'measured':>12}{'goal':>14}  {'':<20}{'best peer':>12}{'':<14}{'floor':>12}{'x floor':>9}{'goal':>7}"]
+    head = f"{'goal':<58}{'measured':>12}{'goal':>14}  {'':<20}{'best peer':>12}{'':<14}{'floor':>12}"
+    lines = [f"{head}{'x floor':>9}{'goal':>7}"]
     for verdict in verdicts:
         limit = f"{'>=' if verdict.at_least else '<='} {_figure(verdict.limit)}"
         peer = f" ({verdict.peer_name})" if verdict.peer_name else ""
