@@ -107,7 +107,7 @@ class PriorityTree {
 
   size_t top_nodes() const { return shape_.nodes[shape_.levels - 1]; }
 
-  // The top level's nodes are added up in groups, of which there are at most 2048.
+  // The top level's nodes are added up in groups, at most 2,048 of them.
   size_t top_groups() const { return (top_nodes() + (1ull << TreeShape::kTopShift) - 1) >> TreeShape::kTopShift; }
 
   // Running sums of the top's groups, negative sums read as 0. Returns the total. `prefix` holds top_groups() rounded
