@@ -30,6 +30,7 @@ FLOORS = [
     ["runs"],
     ["engines"],
     ["agents"],
+    ["episodes", "evaluation"],
     ["trainer"],
     ["bench"],
     ["cli"],

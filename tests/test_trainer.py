@@ -12,10 +12,11 @@ from gymnasium import spaces
 from angle_rl.agents import SAC, TD3
 from angle_rl.agents.state import LossNotFiniteError
 from angle_rl.config import AgentConfig, Hyperparameters, Service, Training
+from angle_rl.evaluation import interrupts
 from angle_rl.feed import FunctionFeed
 from angle_rl.models import PolicyModel
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
-from angle_rl.trainer import AgentTrainer, interrupts
+from angle_rl.trainer import AgentTrainer
 
 BOX = spaces.Box(-1.0, 1.0, (1,), np.float32)
 
@@ -88,7 +89,7 @@ class Recorder(SAC):
         return super().select_action(rl_state, iteration)
 
     def record_observation(self, rl_state, action, reward, terminated, next_rl_state):
-        assert next_rl_state.iteration == rl_state.iteration + 1
+        assert next_rl_state.iteration == rl_state.iteration
         self.calls.append("record_observation")
         return super().record_observation(rl_state, action, reward, terminated, next_rl_state)
 

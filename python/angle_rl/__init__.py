@@ -13,10 +13,11 @@ from angle_rl._core import __version__
 if TYPE_CHECKING:
     from angle_rl.agents import SAC, TD3, Agent
     from angle_rl.config import AgentConfig, Hyperparameters, Service, Training
+    from angle_rl.evaluation import Evaluation
     from angle_rl.feed import DataFeed, FunctionFeed, make_feed
     from angle_rl.models import DeterministicPolicy, PolicyModel, SquashedGaussianPolicy, TwinQ
     from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
-    from angle_rl.trainer import AgentTrainer, Evaluation
+    from angle_rl.trainer import AgentTrainer
     from angle_rl.types import Batch, RandomKey, RLState
 
 __all__ = [
@@ -50,7 +51,8 @@ _MODULES = {
     "feed": ("DataFeed", "FunctionFeed", "make_feed"),
     "models": ("DeterministicPolicy", "PolicyModel", "SquashedGaussianPolicy", "TwinQ"),
     "replay": ("PrioritizedReplayBuffer", "ReplayBuffer"),
-    "trainer": ("AgentTrainer", "Evaluation"),
+    "evaluation": ("Evaluation",),
+    "trainer": ("AgentTrainer",),
     "types": ("Batch", "RandomKey", "RLState"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -133,6 +133,15 @@ def row_of(value: Any, index: int | Array) -> Any:
     return value[index]
 
 
+def where_rows(mask: Array, chosen: Any, other: Any) -> Any:
+    """A batch of the rows of ``chosen`` where ``mask`` [n] is True, and of ``other`` elsewhere."""
+    if isinstance(chosen, Mapping):
+        return {name: where_rows(mask, part, other[name]) for name, part in chosen.items()}
+    if isinstance(chosen, tuple):
+        return tuple(where_rows(mask, part, of) for part, of in zip(chosen, other, strict=True))
+    return np.where(mask.reshape(-1, *[1] * (chosen.ndim - 1)), chosen, other)
+
+
 def with_rows(space: Space, batch: Any, rows: Mapping[int, Any]) -> Any:
     """``batch`` itself, or a copy in which ``rows`` are replaced."""
     if rows:

@@ -3,45 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 
 from angle_rl import checkpoint, runs
-from angle_rl.agents.actor_critic import ActorCritic, QFuture, as_tensors
+from angle_rl.agents.actor_critic import ActorCritic, QFuture
 from angle_rl.agents.base import Agent, crossings
-from angle_rl.agents.noise import policy_actions
 from angle_rl.agents.sac import SAC
 from angle_rl.agents.state import LossNotFiniteError
 from angle_rl.agents.td3 import TD3
 from angle_rl.config import AgentConfig, config_from_dict
+from angle_rl.episodes import Episodes
+from angle_rl.evaluation import Evaluation, check_device, interrupts, torch_threads, whole_episodes
 from angle_rl.feed import DataFeed, make_evaluation_feed, make_feed
 from angle_rl.types import Array, EnvironmentState, RandomKey, RLState
 
 AGENTS: dict[str, type[ActorCritic]] = {"sac": SAC, "td3": TD3}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Whole episodes of the policy's deterministic actions."""
-
-    returns: tuple[float, ...]  # undiscounted sum of rewards of each episode
-    lengths: tuple[int, ...]  # steps of each episode
-
-    @property
-    def mean_return(self) -> float:
-        """Mean over the episodes."""
-        return float(np.mean(self.returns))
 
 
 class AgentTrainer:
@@ -81,7 +65,7 @@ class AgentTrainer:
             raise TypeError(f"meta is a {type(meta).__name__}; it must have update_meta_learning_model(states, q)")
         if agent is not None and q_future is not None:
             raise ValueError("q_future and agent are both given; such an agent takes q_future itself")
-        _check_device(config.training.device)
+        check_device(config.training.device)
         self.config = config
         self.run_folder: Path | None = None
         self.steps = 0
@@ -106,6 +90,7 @@ class AgentTrainer:
         self._recent_returns: deque[float] = deque(maxlen=20)
         self._mean_return: float | None = None  # of these
         self._evaluates = True
+        self._cut = False  # whether the environments were left in the middle of a run by episodes
         self._last_checkpoint: Path | None = None
 
     # The state of a run; None where the agent has no such thing ----------
@@ -165,44 +150,131 @@ class AgentTrainer:
 
     # Training ----------
 
-    def train(self) -> Evaluation | None:
-        """Run until `steps` of the config, evaluate, and leave a run folder; returns the last evaluation.
+    def train(
+        self,
+        *,
+        num_episodes: int | None = None,
+        max_iterations: int | None = None,
+        accumulated_episodes: int = 0,
+        state_to_trajectory: Callable[[RLState], Any] | None = None,
+        episode_completed: Callable[[RLState, int, int], object] | None = None,
+        checkpoint_filter: Callable[[RLState, int], bool] | None = None,
+        checkpoint_path: str | Path | None = None,
+        model_name: str | None = None,
+    ) -> Evaluation | None:
+        """Run by steps or by episodes, evaluate, and leave a run folder; returns the last evaluation.
+
+        By steps, without `num_episodes`: until the config's `steps`; environments begin their next episode as soon
+        as one ends, each for itself. By episodes: `num_episodes` more, each from a reset of all environments until
+        all have ended; one that has ended neither steps nor is recorded until the others are done.
+
+        Args:
+            num_episodes: episodes to run, >= 1. The other arguments belong to it.
+            max_iterations: steps after which an episode is cut (its last transitions are truncated), >= 1.
+            accumulated_episodes: the number to count episodes on from; 0: from those run, also before a resume.
+            state_to_trajectory: what to keep of each state; `rl_state.trajectory` is then a list of it, the
+                episode's start first. None: the trajectory is None.
+            episode_completed: called with the state, the episode's number (from 1) and its iterations.
+            checkpoint_filter: after which episodes, given the state and the number, a checkpoint is written besides
+                those of the config's interval.
+            checkpoint_path: the folder for these, as ``<model_name>-<number>``; None: the run folder's own.
+            model_name: None: the agent's name.
 
         None, after a warning, where `evaluate` would raise: the run is then trained and not evaluated.
         The first Ctrl-C saves and returns None, the second raises KeyboardInterrupt at once. Where an
         environment raises, or gives a reward that is not finite, the run is saved and the error raised. The
         third update in a row whose loss is not finite raises LossNotFiniteError, naming the last checkpoint.
         """
-        agent, total = self.agent, self.config.training.steps
+        episodes = None
+        if num_episodes is not None:
+            episodes = Episodes(
+                num_episodes=num_episodes,
+                max_iterations=max_iterations,
+                accumulated_episodes=accumulated_episodes,
+                state_to_trajectory=state_to_trajectory,
+                episode_completed=episode_completed,
+                checkpoint_filter=checkpoint_filter,
+                checkpoint_path=None if checkpoint_path is None else Path(checkpoint_path),
+                model_name=model_name or type(self.agent).__name__.lower(),
+            )
+            episodes.check(can_save=self._saves)
+        else:
+            given = (max_iterations, accumulated_episodes or None, state_to_trajectory, episode_completed)
+            if any(one is not None for one in (*given, checkpoint_filter, checkpoint_path, model_name)):
+                raise ValueError("num_episodes is None; max_iterations and what follows it need a number of episodes")
         self._evaluates = self._can_evaluate()
-        with self._running() as (run, progress, interrupted):
-            state = self._begin()
-            while self.steps < total and not interrupted():
+        with self._running(episodes) as (run, progress, interrupted):
+            state = self._begin(episodes)
+            while not self._is_done(state, episodes) and not interrupted():
+                if episodes is not None and episodes.is_over(state):
+                    state = self._begin_episode(state, episodes)
                 steps_before = self.steps
-                action, state = agent.select_action(state, state.iteration)
-                seen = self._step_environments(state, action, run)
-                next_state = state._replace(environment_state=seen, iteration=state.iteration + 1)
-                state = agent.record_observation(state, action, seen.reward, seen.terminated, next_state)
+                action, state = self.agent.select_action(state, state.iteration)
+                seen = self._step_environments(state, action, run, episodes)
+                following = state._replace(environment_state=seen)
+                state = self.agent.record_observation(state, action, seen.reward, seen.terminated, following)
+                # Only the agent's part is its own to give: the rest is what was seen.
+                state = following._replace(agent_state=state.agent_state)
                 self.steps += int(seen.stepped.sum())
                 state = self._learn(state)  # sample, target, critic step; policy and meta step where due
-                self._rl_state = state = self._end_episodes(state, run)
-                self._report(steps_before, run, progress)
+                if episodes is not None:
+                    episodes.note(state)
+                state = self._end_episodes(state._replace(iteration=state.iteration + 1), run, episodes)
+                self._rl_state = state
+                if episodes is not None and episodes.is_over(state):
+                    self._complete_episode(state, episodes, run)
+                self._report(steps_before, run, progress, episodes)
             return self._finish(run, interrupted())
 
-    def _begin(self) -> RLState:
+    def _is_done(self, state: RLState, episodes: Episodes | None) -> bool:
+        if episodes is None:
+            return self.steps >= self.config.training.steps
+        return episodes.begun == episodes.num_episodes and episodes.is_over(state)
+
+    def _begin(self, episodes: Episodes | None) -> RLState:
         """The state to run from: the one before, or the first of new episodes."""
         state = self._rl_state
-        if state.environment_state is None:
+        if state.environment_state is None or self._cut:
             seen, self._feed_key = self.feed.init(self._feed_key)
-            state = state._replace(environment_state=seen)
-            agent_state, random_key = self.agent.reset(state.random_key, state)
-            self._rl_state = state = state._replace(agent_state=agent_state, random_key=random_key)
+            self._cut = False
+            state = self._reset_agent(state._replace(environment_state=seen))
+        if episodes is not None and episodes.accumulated_episodes > 0:
+            state = state._replace(episode=episodes.accumulated_episodes)
+        self._rl_state = state
         return state
 
-    def _step_environments(self, state: RLState, action: Array, run: runs.Run) -> EnvironmentState:
+    def _begin_episode(self, state: RLState, episodes: Episodes) -> RLState:
+        """All environments at the start of the next episode."""
+        seen, self._feed_key = self.feed.reset(self._feed_key, state.environment_state)
+        self._cut = True  # what follows by steps begins anew
+        self._episode_returns[:], self._episode_lengths[:] = 0.0, 0
+        state = self._reset_agent(state._replace(environment_state=seen))
+        return episodes.begin(state._replace(episode=state.episode + 1, iteration=0))
+
+    def _reset_agent(self, state: RLState) -> RLState:
+        agent_state, random_key = self.agent.reset(state.random_key, state)
+        return state._replace(agent_state=agent_state, random_key=random_key)
+
+    def _complete_episode(self, state: RLState, episodes: Episodes, run: runs.Run) -> None:
+        if episodes.episode_completed is not None:
+            episodes.episode_completed(state, state.episode, state.iteration)
+        if episodes.checkpoint_filter is None or not episodes.checkpoint_filter(state, state.episode):
+            return
+        if episodes.checkpoint_path is None:
+            self._save_to(run)
+        else:
+            self._last_checkpoint = self.save(
+                episodes.checkpoint_path / f"{runs.safe_name(episodes.model_name)}-{state.episode:06d}"
+            )
+
+    def _step_environments(
+        self, state: RLState, action: Array, run: runs.Run, episodes: Episodes | None
+    ) -> EnvironmentState:
         """What the actions led to. Where the environment fails, the run is saved before the error goes on."""
         try:
             seen, self._feed_key = self.feed.step(self._feed_key, state.environment_state, action)
+            if episodes is not None:
+                seen = episodes.only_active(state, seen)
             if not np.isfinite(seen.reward).all():
                 worst = int(np.flatnonzero(~np.isfinite(seen.reward))[0])
                 raise ValueError(
@@ -221,8 +293,8 @@ class AgentTrainer:
             good = "there is no checkpoint yet" if self._last_checkpoint is None else self._last_checkpoint
             raise LossNotFiniteError(f"{error}; the last good checkpoint: {good}") from error
 
-    def _end_episodes(self, state: RLState, run: runs.Run) -> RLState:
-        """Count what the episodes gave, and reset the agent for each that ended."""
+    def _end_episodes(self, state: RLState, run: runs.Run, episodes: Episodes | None) -> RLState:
+        """Count what the episodes gave. By steps, reset the agent for each that ended."""
         seen = state.environment_state
         self._episode_returns += np.where(seen.stepped, seen.reward, 0.0)
         self._episode_lengths += seen.stepped
@@ -232,18 +304,20 @@ class AgentTrainer:
             self._mean_return = float(np.mean(self._recent_returns))
             run.log(self.steps, {"train/episode_return": episode_return, "train/episode_length": length})
             self._episode_returns[index], self._episode_lengths[index] = 0.0, 0
-            agent_state, random_key = self.agent.reset(state.random_key, state)
-            iteration = 0 if self.feed.num_environments == 1 else state.iteration
-            state = RLState(agent_state, seen, random_key, iteration, state.episode + 1, state.trajectory)
+            if episodes is None:
+                state = self._reset_agent(state)
+                iteration = 0 if self.feed.num_environments == 1 else state.iteration
+                state = state._replace(iteration=iteration, episode=state.episode + 1)
         return state
 
-    def _report(self, steps_before: int, run: runs.Run, progress: runs.Progress) -> None:
+    def _report(self, steps_before: int, run: runs.Run, progress: runs.Progress, episodes: Episodes | None) -> None:
         """Metrics, evaluation and checkpoint, each when its interval was crossed."""
         service, training = self.config.service, self.config.training
-        progress.update(self.steps, self.updates, self._mean_return)
+        done = self.steps if episodes is None else episodes.begun
+        progress.update(done, self.updates, self._mean_return)
         if crossings(service.log_interval, steps_before, self.steps):
             run.log(self.steps, self._metrics() | progress.rates())
-        if self.steps >= training.steps:
+        if self._is_done(self._rl_state, episodes):
             return  # the end evaluates and saves anyway
         if crossings(training.evaluation_interval, steps_before, self.steps):
             self._evaluate_into(run)
@@ -273,19 +347,19 @@ class AgentTrainer:
         return evaluation
 
     @contextmanager
-    def _running(self) -> Iterator[tuple[runs.Run, runs.Progress, Callable[[], bool]]]:
+    def _running(self, episodes: Episodes | None) -> Iterator[tuple[runs.Run, runs.Progress, Callable[[], bool]]]:
         """The run folder, the progress bar, Ctrl-C and torch's threads, while training."""
         with ExitStack() as stack:
             run = stack.enter_context(self._open_run())
             self.run_folder = run.folder
             progress = runs.Progress(
-                self.config.training.steps,
-                completed=self.steps,
+                self.config.training.steps if episodes is None else episodes.num_episodes,
+                completed=self.steps if episodes is None else 0,
                 updates=self.updates,
                 enabled=self.config.service.progress,
             )
             stack.enter_context(progress)
-            stack.enter_context(_torch_threads(self.config.training.threads))
+            stack.enter_context(torch_threads(self.config.training.threads))
             yield run, progress, stack.enter_context(interrupts())
 
     def _open_run(self) -> runs.Run:
@@ -322,8 +396,8 @@ class AgentTrainer:
         training_mode = policy.training
         policy.eval()
         try:
-            with torch.no_grad(), _torch_threads(self.config.training.threads):
-                return _whole_episodes(feed, policy, self._evaluation_key, episodes)
+            with torch.no_grad(), torch_threads(self.config.training.threads):
+                return whole_episodes(feed, policy, self._evaluation_key, episodes)
         finally:
             policy.train(training_mode)
             feed.close()
@@ -441,68 +515,3 @@ class AgentTrainer:
     def _save_to(self, run: runs.Run) -> None:
         if self._saves:
             self._last_checkpoint = run.save_checkpoint(self.steps, *self._exported())
-
-
-def _whole_episodes(feed: Any, policy: Any, key: RandomKey, episodes: int) -> Evaluation:
-    """`episodes` episodes of one environment, one after the other."""
-    device = next((p.device for p in policy.parameters()), torch.device("cpu"))
-    shape = feed.action_space.shape
-    feed_key, key = key.split(2)
-    seen, feed_key = feed.init(feed_key)
-    returns, lengths = [0.0], [0]
-    while True:
-        action_key, key = key.split(2)
-        observations = as_tensors(seen.observation, device)
-        actions, _ = policy_actions(policy, observations, (1, *shape), action_key, deterministic=True)
-        seen, feed_key = feed.step(feed_key, seen, actions.cpu().numpy())
-        if not seen.stepped[0]:
-            continue
-        returns[-1] += float(seen.reward[0])
-        lengths[-1] += 1
-        if seen.terminated[0] or seen.truncated[0]:
-            if len(returns) == episodes:
-                return Evaluation(returns=tuple(returns), lengths=tuple(lengths))
-            returns.append(0.0)
-            lengths.append(0)
-
-
-@contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C is only noted, which the callable tells; the second raises as always.
-
-    Elsewhere than in the main thread Ctrl-C does not arrive, and the callable says False.
-    """
-    pressed = False
-
-    def note(signal_number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-@contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    """Torch's number of threads inside, and as it was afterwards. None changes nothing."""
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device is {device!r}, which torch cannot use here: {error}") from None

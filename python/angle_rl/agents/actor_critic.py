@@ -12,6 +12,7 @@ import gymnasium
 import numpy as np
 import torch
 
+from angle_rl._core import MAX_STREAMS
 from angle_rl.agents.base import crossings
 from angle_rl.agents.noise import ActionBounds, action_bounds, policy_actions, seeded_torch, uniform_actions
 from angle_rl.agents.state import ActorCriticState, count_update, export_state, import_state
@@ -126,8 +127,14 @@ class ActorCritic:
         return state, random_key
 
     def reset(self, random_key: RandomKey, rl_state: RLState) -> tuple[ActorCriticState, RandomKey]:
-        """Nothing: an actor-critic keeps nothing of an episode."""
-        return rl_state.agent_state, random_key
+        """Where all environments begin anew, their rows go to streams of their own: no window of n steps runs from a
+        row before to one after. Nothing else is kept of an episode.
+        """
+        state: ActorCriticState = rl_state.agent_state
+        n = len(rl_state.environment_state.stepped)
+        if state.steps > 0 and not rl_state.environment_state.stepped.any():
+            state.first_stream = (state.first_stream + n) % max(1, MAX_STREAMS - n)
+        return state, random_key
 
     def select_action(self, rl_state: RLState, iteration: int) -> tuple[Array, RLState]:
         """Uniform random actions until `learning_starts`, the exploring policy's from then on."""
@@ -152,7 +159,7 @@ class ActorCritic:
         if len(streams) < len(after.stepped):
             rows = tuple(row_of(row, streams) for row in rows)
         if len(streams) > 0:
-            state.replay.insert(*rows, streams=streams)
+            state.replay.insert(*rows, streams=streams + state.first_stream)
             state.steps += len(streams)
         return next_rl_state
 

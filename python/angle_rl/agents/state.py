@@ -33,6 +33,7 @@ class ActorCriticState:
     log_entropy_coefficient: torch.Tensor | None = None  # scalar, SAC's parameter; None: fixed, or no entropy term
     entropy_coefficient: torch.Tensor | None = None  # scalar, its exponential, without gradient
     steps: int = 0  # transitions recorded
+    first_stream: int = 0  # the replay's stream of the first environment
     learned_steps: int = 0  # what `steps` was when optimize_model last ran
     updates: int = 0  # updates taken
     policy_updates: int = 0  # policy steps taken
@@ -63,6 +64,7 @@ def count_update(state: ActorCriticState, result: UpdateResult, policy_steps: in
 
 COUNTERS = (
     "steps",
+    "first_stream",
     "learned_steps",
     "updates",
     "policy_updates",
