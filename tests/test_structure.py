@@ -27,6 +27,7 @@ FLOORS = [
     ["models"],
     ["function_feed"],
     ["feed"],
+    ["envs"],
     ["runs"],
     ["engines"],
     ["agents"],

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from angle_rl._core import __version__
+from angle_rl.envs.registration import register_with_gymnasium
 
 if TYPE_CHECKING:
     from angle_rl.agents import SAC, TD3, Agent
@@ -68,3 +69,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_with_gymnasium()
