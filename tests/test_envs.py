@@ -54,11 +54,14 @@ def test_gymnasium_finds_nothing_to_complain_of(name):
         "import angle_rl; import gymnasium",
         "import gymnasium; import angle_rl",
         "import angle_rl.envs; import gymnasium",
+        "import importlib, angle_rl; importlib.reload(angle_rl); import gymnasium; importlib.reload(angle_rl)",
         "import angle_rl; from importlib.util import find_spec; find_spec('gymnasium'); import gymnasium.spaces",
     ],
 )
 def test_either_order_of_imports_registers_once_and_leaves_no_finder(imports):
-    code = f"""{imports}
+    code = f"""import warnings
+warnings.simplefilter("error", UserWarning)
+{imports}
 import sys
 print(*sorted(name for name in gymnasium.registry if name.startswith("angle/")))
 print(sum(type(finder).__module__.startswith("angle_rl") for finder in sys.meta_path))"""
@@ -243,6 +246,9 @@ def test_a_turtle_turns_then_strides():
     assert reward == pytest.approx((0.5 - distance) / 0.1 - 1)
     assert math.hypot(*observation[4:]) == pytest.approx(distance)
     assert (terminated, truncated) == (False, False)
+    vector = TurtleworldVector(2)
+    vector.reset(options={"state": [(0.0, 0.0, 0.0, 0.0, 0.5)] * 2})
+    assert vector.step(np.array([[1.0, 0.5], [0.0, 1.0]]))[1].tolist() == pytest.approx([reward, -1.0])
     environment, _ = turtle((0.0, 0.0, math.pi / 2, 0.0, -0.25))
     assert environment.step(np.array([-1.0, 0.0]))[1] == pytest.approx(0.0), "backwards is as fast"
     observation, reward, terminated, _, _ = environment.step(np.array([-0.7, 0.0]))

@@ -74,7 +74,7 @@ class Turtleworld(gymnasium.Env[Array, Array]):
         speed, turn = _checked_actions(action, ()).tolist()
         x, y, heading, target_x, target_y = self._state
         before = math.hypot(target_x - x, target_y - y)
-        heading = math.remainder(heading + turn * TURN, 2 * math.pi)
+        heading += turn * TURN
         x = min(max(x + speed * STRIDE * math.cos(heading), -1.0), 1.0)
         y = min(max(y + speed * STRIDE * math.sin(heading), -1.0), 1.0)
         self._state = (x, y, heading, target_x, target_y)
@@ -150,7 +150,6 @@ class TurtleworldVector(VectorWorld):
         x, y, heading = self._state[:3]
         stride = actions[:, 0] * STRIDE
         heading += actions[:, 1] * TURN
-        heading -= 2 * math.pi * np.rint(heading / (2 * math.pi))
         x += stride * np.cos(heading)
         y += stride * np.sin(heading)
         self._state[:2].clip(-1.0, 1.0, out=self._state[:2])
