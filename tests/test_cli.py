@@ -88,7 +88,7 @@ def test_a_config_file_is_read_and_options_go_over_it(capsys, here):
         (["plot", "missing"], "missing is no run"),
         (["info", "--config", "missing.json"], "missing.json"),
         (["bench", "coffee"], "replay|update"),
-        (["brain"], "train, evaluate, plot, info, bench"),
+        (["brain"], "train, evaluate, plot, presets, info, bench"),
     ],
 )
 def test_wrong_input_is_a_message_and_exit_code_2(capsys, here, arguments, says):

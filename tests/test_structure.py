@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["_core"],
     ["types", "config"],
+    ["presets"],
     ["checkpoint"],
     ["spaces"],
     ["schema", "replay"],

@@ -16,6 +16,7 @@ commands:
   train       train an agent; `angle train` alone: SAC with prioritised replay on Pendulum-v1
   evaluate    whole episodes of a run's policy: angle evaluate RUN [--episodes N] [--best]
   plot        draw learning curves: angle plot RUN [RUN ...] [--out FILE.png]
+  presets     configs for known environments, with the scores that they reached
   info        version, instruction set, threads, CUDA, and the engine of a config: angle info [--config FILE]
   bench       measure: angle bench replay|update ...
 
@@ -23,7 +24,8 @@ commands:
 """
 TRAIN = """Train an agent and leave a run folder.
 
-Besides the options below: --env ID is --environment ID; --config FILE reads a .toml or .json config first;
+Besides the options below: --env ID is --environment ID. Options change the environment's preset, if there is one
+(`angle presets` lists them; --no-preset: the plain defaults), or what --config FILE, a .toml or .json config, says;
 --resume RUN goes on with a run, its config and its newest checkpoint (give --steps to go further)."""
 
 
@@ -54,11 +56,16 @@ def train(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="angle train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--resume", type=Path)
+    parser.add_argument("--no-preset", action="store_true")
     files, rest = parser.parse_known_args(arguments)
     try:
         if files.config is not None and files.resume is not None:
             raise ValueError("--config and --resume are both given; a resumed run has its config")
-        config = _parse_config(rest, _starting_config(files.config, files.resume))
+        if files.config is None and files.resume is None and not files.no_preset:
+            start = _preset_of(rest)
+        else:
+            start = _starting_config(files.config, files.resume)
+        config = _parse_config(rest, start)
         trainer = AgentTrainer(config) if files.resume is None else AgentTrainer.resume(files.resume, config)
     except USER_ERRORS as error:
         return _refuse(str(error))
@@ -113,6 +120,31 @@ def plot(arguments: list[str]) -> int:
     return 0
 
 
+def presets(arguments: list[str]) -> int:
+    """`angle presets`: a line each, or one preset as TOML."""
+    from angle_rl.presets import list_presets
+
+    parser = argparse.ArgumentParser(prog="angle presets", description="Configs for known environments.")
+    parser.add_argument("name", nargs="?", help="print this preset as TOML, to change it and train with --config")
+    options = parser.parse_args(arguments)
+    found = {preset.name: preset for preset in list_presets()}
+    if options.name is not None:
+        if options.name not in found:
+            return _refuse(f"there is no preset {options.name!r}; there are {', '.join(found)}")
+        print(found[options.name].config.to_toml().rstrip())
+        return 0
+    print(f"{'preset':<22}{'environment':<28}{'agent':<12}{'steps':>10}  score")
+    for name, preset in found.items():
+        score = preset.score
+        steps = preset.config.training.steps
+        text = score.note
+        if score.mean_return is not None:
+            seeds = f"{len(score.seeds)} seed{'' if len(score.seeds) == 1 else 's'}"
+            text = f"{score.mean_return:,.1f} ({score.episodes} episodes of {seeds}){'; ' if text else ''}{text}"
+        print(f"{name:<22}{preset.environment:<28}{preset.agent:<12}{steps:>10,}  {text}")
+    return 0
+
+
 def info(arguments: list[str]) -> int:
     """`angle info`: what this installation is and takes."""
     import torch
@@ -152,11 +184,29 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "plot": plot,
+    "presets": presets,
     "info": info,
     "bench": bench,
 }
 # What a wrong argument, file or environment raises. CheckpointError is a ValueError, gymnasium's errors are not.
 USER_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, MemoryError, ImportError)
+
+
+def _preset_of(arguments: list[str]) -> AgentConfig:
+    """The preset of the environment and agent that the options name, or the default config; says which."""
+    from angle_rl.presets import find_preset
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--environment", "--env")
+    parser.add_argument("--agent")
+    named, _ = parser.parse_known_args(arguments)
+    if named.environment is None:
+        return AgentConfig()
+    preset = find_preset(named.environment, named.agent)
+    if preset is None:
+        return AgentConfig()
+    print(f"preset {preset.name} (angle presets {preset.name} prints it; --no-preset leaves it out)")
+    return preset.config
 
 
 def _starting_config(config_file: Path | None, run: Path | None) -> AgentConfig:

@@ -176,11 +176,15 @@ class AgentConfig:
     @classmethod
     def from_toml(cls, text: str) -> AgentConfig:
         """What `to_toml` wrote; a field left out takes its default. ValueError on an unknown field."""
-        try:
-            entries = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"the config is not TOML: {error}") from None
-        return config_from_dict(entries)
+        return config_from_dict(toml_tables(text))
+
+
+def toml_tables(text: str) -> dict[str, Any]:
+    """The tables of a TOML text. ValueError."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"the config is not TOML: {error}") from None
 
 
 def config_from_dict(entries: Any) -> AgentConfig:
