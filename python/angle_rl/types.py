@@ -120,4 +120,5 @@ class UpdateSpec:
     max_gradient_norm: float | None  # clip each optimiser's gradients to this 2-norm; None: no clipping
     policy_batch: str  # "critic": the policy learns on the critic's batch; "fresh": on one of its own
     prioritized: bool  # whether new priorities are written back
-    targets_follow: str  # targets move with every "update", or with every "policy" step only
+    # targets move with every "update", with every "policy" step only, or are "copies" made when the caller says so
+    targets_follow: str

@@ -57,6 +57,9 @@ class Engine(Protocol):
 
     name: str
 
-    def update(self, random_key: RandomKey, policy_steps: int) -> UpdateResult:
-        """One critic step, then `policy_steps` policy steps, then the targets."""
+    def update(self, random_key: RandomKey, policy_steps: int, copy_targets: bool = False) -> UpdateResult:
+        """One critic step, then `policy_steps` policy steps, then the targets.
+
+        `copy_targets` is read where the spec's `targets_follow` is "copies": target <- online.
+        """
         ...

@@ -26,7 +26,7 @@ class TorchEngine:
         self._online_buffers = [b for _, online in update.targets for b in online.buffers()]
         self._sample_device = None if update.device.type == "cpu" else update.device
 
-    def update(self, random_key: RandomKey, policy_steps: int) -> UpdateResult:
+    def update(self, random_key: RandomKey, policy_steps: int, copy_targets: bool = False) -> UpdateResult:
         """One critic step, `policy_steps` policy steps, and the targets' update where it is due.
 
         A loss that is NaN or infinite ends the update there: its step, the new priorities and the targets' update
@@ -64,8 +64,9 @@ class TorchEngine:
 
         if spec.prioritized:  # last, so that an update cut short leaves the priorities
             update.replay.update_priorities(batch.handles, td_error)
-        if policy_steps > 0 or spec.targets_follow == "update":
-            ops.update_targets(self._targets, self._online, spec.tau)
+        copies = spec.targets_follow == "copies"
+        if copy_targets if copies else policy_steps > 0 or spec.targets_follow == "update":
+            ops.update_targets(self._targets, self._online, 1.0 if copies else spec.tau)
             for target, online in zip(self._target_buffers, self._online_buffers, strict=True):
                 target.copy_(online)  # running statistics and constants: taken over, not averaged
         return result
