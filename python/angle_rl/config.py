@@ -49,9 +49,10 @@ Seed = Annotated[int, In("[0, 9223372036854775807]")]
 class Hyperparameters:
     """What is learned, and how."""
 
-    agent: Literal["sac", "td3"] = "sac"  # the algorithm
+    agent: Literal["sac", "td3", "ddpg"] = "sac"  # the algorithm
     hidden_sizes: tuple[Count, ...] = (256, 256)  # units of each hidden layer, in all networks
-    critics: Annotated[int, In("[2, inf)")] = 2  # critics in the ensemble; the target takes their minimum
+    # critics in the ensemble, whose minimum the target takes; auto: 2, or 1 (DDPG)
+    critics: Count | Literal["auto"] = "auto"
     learning_rate: Positive = 1e-3  # Adam's step size: the critics', and the others' where they have none
     policy_learning_rate: Positive | None = None  # Adam's step size for the policy; None: learning_rate
     entropy_learning_rate: Positive | None = None  # SAC, for the entropy coefficient; None: learning_rate
@@ -59,6 +60,8 @@ class Hyperparameters:
     discount: Share = 0.99  # factor per environment step on what comes later
     n_step: Count = 1  # rewards summed before the bootstrap value
     tau: PositiveShare = 0.005  # per update: target <- tau * online + (1 - tau) * target
+    # updates from copy to copy, target <- online, in place of tau's small steps; None: those
+    target_update_interval: Count | None = None
     learning_starts: Steps = 1_000  # environment steps of uniform random actions without an update
     updates_per_step: Positive = 1.0  # updates per environment step; 0.5: one every second step
     # environment steps between policy steps; auto: every update (SAC), every second one (TD3); None: off
@@ -69,7 +72,21 @@ class Hyperparameters:
     max_gradient_norm: Positive | None = None  # 2-norm to clip each network's gradients to
     entropy_coefficient: NotNegative | Literal["auto"] = "auto"  # SAC, reward per nat; auto: learned, from 1
     target_entropy: Finite | None = None  # SAC, nats auto aims at; None: -(action dimensions)
-    exploration_noise: NotNegative = 0.1  # TD3, acting noise's deviation, in halves of the action range
+    # noise added to the actions while learning; auto: none (SAC), gaussian (TD3), ou: Ornstein-Uhlenbeck (DDPG)
+    exploration_process: Literal["auto", "none", "gaussian", "ou"] = "auto"
+    # its first scale in halves of the action range: gaussian's deviation, ou's sigma; auto: 0.1 and 0.2
+    exploration_noise: NotNegative | Literal["auto"] = "auto"
+    exploration_theta: Share = 0.15  # ou, share of the way back to the mean per step
+    exploration_mean: Finite = 0.0  # ou, where the noise comes back to, in halves of the action range
+    # how the scale changes: plateau grows it while the episodes' returns stand still, and decays it otherwise
+    exploration_schedule: Literal["constant", "linear", "plateau"] = "constant"
+    exploration_minimum: NotNegative = 0.01  # linear, the last scale; plateau, the smallest
+    exploration_maximum: NotNegative = 1.0  # plateau, the largest scale
+    exploration_steps: Count = 10_000  # linear, environment steps from the first scale to the last
+    exploration_window: Annotated[int, In("[2, inf)")] = 500  # plateau, newest episodes, whose halves are compared
+    exploration_gap: NotNegative = 0.01  # plateau, returns stand still if the halves' means are less apart
+    exploration_growth: Annotated[float, In("[1, inf)")] = 1.005  # plateau, factor per episode while they stand still
+    exploration_decay: PositiveShare = 0.995  # plateau, factor per episode while they do not
     target_noise: NotNegative = 0.2  # TD3, deviation of noise on the target policy's actions, same unit
     target_noise_clip: NotNegative = 0.5  # TD3, target noise is clipped to this either way, same unit
     replay: Literal["prioritized", "uniform"] = "prioritized"  # how transitions are drawn
@@ -87,6 +104,8 @@ class Hyperparameters:
                 f"target_entropy is {self.target_entropy} while entropy_coefficient is "
                 f"{self.entropy_coefficient}; a target needs entropy_coefficient 'auto'"
             )
+        if self.critics == 1 and self.agent != "ddpg":
+            raise ValueError(f"critics is 1; it must lie in [2, inf) where agent is {self.agent!r}")
         if self.batch_size > self.replay_capacity:
             raise ValueError(
                 f"batch_size is {self.batch_size}; it must be at most replay_capacity ({self.replay_capacity})"

@@ -1,4 +1,4 @@
-"""What SAC and TD3 share: one policy, an ensemble of critics, a replay, and the five callbacks over them."""
+"""What SAC, TD3 and DDPG share: one policy, an ensemble of critics, a replay, and the five callbacks over them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ import torch
 
 from angle_rl._core import MAX_STREAMS
 from angle_rl.agents.base import crossings
-from angle_rl.agents.noise import ActionBounds, action_bounds, policy_actions, seeded_torch, uniform_actions
+from angle_rl.agents.exploration import Exploration, make_schedule
+from angle_rl.agents.noise import (
+    ActionBounds,
+    action_bounds,
+    noisy_actions,
+    ornstein_uhlenbeck,
+    policy_actions,
+    seeded_torch,
+    uniform_actions,
+    within_bounds,
+)
 from angle_rl.agents.state import ActorCriticState, count_update, export_state, import_state
 from angle_rl.config import AgentConfig
 from angle_rl.engines import make_engine
@@ -22,7 +32,10 @@ from angle_rl.engines.base import NextValues, PolicyLoss, Update
 from angle_rl.models import TwinQ
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
 from angle_rl.spaces import row_of
-from angle_rl.types import Array, Batch, RandomKey, RLState, UpdateSpec
+from angle_rl.types import Array, Batch, EnvironmentState, RandomKey, RLState, UpdateSpec
+
+FIRST_SCALE = {"none": 0.0, "gaussian": 0.1, "ou": 0.2}
+"""What ``exploration_noise="auto"`` means, in halves of the action range"""
 
 QFuture = Callable[[torch.nn.Module, Any, torch.Tensor], torch.Tensor]
 """``f(target_critics, next_observations, next_actions)`` -> ``[batch]``, or ``[critics, batch]`` (minimum)"""
@@ -47,20 +60,48 @@ class ActorCritic:
         self._policy_every: int | Fraction | None = (
             self.policy_delay if interval == "auto" else None if interval is None else interval * self._updates_per_step
         )
+        process, scale = hyperparameters.exploration_process, hyperparameters.exploration_noise
+        self._noise_process: str = self.default_noise if process == "auto" else process
+        if self._noise_process == "none" and hyperparameters.exploration_schedule != "constant":
+            raise ValueError(
+                f"exploration_schedule is {hyperparameters.exploration_schedule!r}, but {self.name} adds no noise "
+                "whose scale it could change; set exploration_process"
+            )
+        first_scale = FIRST_SCALE[self._noise_process] if isinstance(scale, str) else scale
+        self._schedule = make_schedule(hyperparameters, first_scale)
 
     # What a subclass says ----------
 
     policy_delay: int  # updates per policy step under policy_update_interval="auto"
     has_target_policy: bool
     delays_targets: bool  # targets move with the policy only
+    default_critics = 2  # how many under critics="auto"
+    default_noise = "none"  # the process under exploration_process="auto"
+    explores_from_mean = False  # noise is added to the policy's deterministic actions, not to its samples
 
     def default_policy(self, observation_dim: int, bounds: ActionBounds) -> torch.nn.Module:
         """A policy for flat observations."""
         raise TypeError(f"{type(self).__name__} has no default policy; pass policy=")
 
     def explore(self, state: ActorCriticState, observations: Any, n: int, key: RandomKey) -> torch.Tensor:
-        """Actions to take while learning, ``[n, *action_shape]``."""
-        return policy_actions(state.policy, observations, (n, *state.bounds.shape), key)[0]
+        """Actions to take while learning, ``[n, *action_shape]``: the policy's, with noise where there is any."""
+        shape, process = (n, *state.bounds.shape), self._noise_process
+        if process == "none":
+            return policy_actions(state.policy, observations, shape, key, deterministic=self.explores_from_mean)[0]
+        policy_key, noise_key = key.split(2)
+        actions, _ = policy_actions(
+            state.policy, observations, shape, policy_key, deterministic=self.explores_from_mean
+        )
+        scale = state.exploration.scale(state.steps)
+        if process == "gaussian":
+            return noisy_actions(actions, state.bounds, noise_key, scale=scale)
+        hyperparameters = self._hyperparameters
+        theta, mean = hyperparameters.exploration_theta, hyperparameters.exploration_mean
+        before = state.noise
+        if before is None or len(before) != n:  # no reset came before, or one with other environments
+            before = torch.full(shape, mean)
+        state.noise = ornstein_uhlenbeck(before, noise_key, sigma=scale, theta=theta, mu=mean)
+        return within_bounds(actions, state.noise, state.bounds)
 
     def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
         """What the td target is made of."""
@@ -103,7 +144,7 @@ class ActorCritic:
                     flat_dim(observation_space, "observation", "critics"),
                     flat_dim(action_space, "action", "critics"),
                     hyperparameters.hidden_sizes,
-                    hyperparameters.critics,
+                    self.default_critics if hyperparameters.critics == "auto" else hyperparameters.critics,
                 )
         check_policy(policy)
         policy, critics = policy.to(device), critics.to(device)
@@ -121,19 +162,30 @@ class ActorCritic:
             meta=options.get("meta"),
             bounds=bounds,
             device=device,
+            exploration=Exploration(self._schedule),
         )
         self.finish_init(state)
         state.engine = make_engine(self._spec(), self._update_parts(state))
         return state, random_key
 
     def reset(self, random_key: RandomKey, rl_state: RLState) -> tuple[ActorCriticState, RandomKey]:
-        """Where all environments begin anew, their rows go to streams of their own: no window of n steps runs from a
-        row before to one after. Nothing else is kept of an episode.
+        """Where an environment begins anew, its noise comes back to its mean. The random key is not used.
+
+        Those are the ones whose episode ended with the last step, or all where none has stepped. In the latter case
+        their rows go to streams of their own, too: no window of n steps runs from a row before to one after.
         """
         state: ActorCriticState = rl_state.agent_state
-        n = len(rl_state.environment_state.stepped)
-        if state.steps > 0 and not rl_state.environment_state.stepped.any():
+        seen = rl_state.environment_state
+        n = len(seen.stepped)
+        if state.steps > 0 and not seen.stepped.any():
             state.first_stream = (state.first_stream + n) % max(1, MAX_STREAMS - n)
+        state.exploration.reset(seen)
+        if self._noise_process == "ou":
+            mean = self._hyperparameters.exploration_mean
+            if state.noise is None or len(state.noise) != n:
+                state.noise = torch.full((n, *state.bounds.shape), mean)
+            state.noise = state.noise.clone()
+            state.noise[torch.from_numpy(begins_anew(seen))] = mean
         return state, random_key
 
     def select_action(self, rl_state: RLState, iteration: int) -> tuple[Array, RLState]:
@@ -161,6 +213,7 @@ class ActorCritic:
         if len(streams) > 0:
             state.replay.insert(*rows, streams=streams + state.first_stream)
             state.steps += len(streams)
+            state.exploration.record(after)
         return next_rl_state
 
     def optimize_model(self, rl_state: RLState) -> RLState:
@@ -179,7 +232,8 @@ class ActorCritic:
         for index in range(first, last):
             update_key, random_key = random_key.split(2)
             policy_steps = crossings(self._policy_every, index, index + 1)
-            count_update(state, state.engine.update(update_key, policy_steps), policy_steps)
+            copies = crossings(hyperparameters.target_update_interval, state.updates, state.updates + 1) > 0
+            count_update(state, state.engine.update(update_key, policy_steps, copies), policy_steps)
         if state.meta is not None and state.last_update is not None:
             for _ in range(crossings(hyperparameters.meta_update_interval, before, state.steps)):
                 state.meta.update_meta_learning_model(state.last_update.batch.observations, state.last_update.q)
@@ -205,6 +259,9 @@ class ActorCritic:
 
     def _spec(self) -> UpdateSpec:
         hyperparameters = self._hyperparameters
+        follow = "policy" if self.delays_targets and self._policy_every is not None else "update"
+        if hyperparameters.target_update_interval is not None:
+            follow = "copies"
         return UpdateSpec(
             batch_size=hyperparameters.batch_size,
             tau=hyperparameters.tau,
@@ -212,7 +269,7 @@ class ActorCritic:
             max_gradient_norm=hyperparameters.max_gradient_norm,
             policy_batch=hyperparameters.policy_batch,
             prioritized=hyperparameters.replay == "prioritized",
-            targets_follow="policy" if self.delays_targets and self._policy_every is not None else "update",
+            targets_follow=follow,
         )
 
     def _update_parts(self, state: ActorCriticState) -> Update:
@@ -238,6 +295,12 @@ def minimum_over_target_critics(
     """The default `q_future`: every target critic's value; the target takes their minimum."""
     q: torch.Tensor = target_critics(next_observations, next_actions)
     return q
+
+
+def begins_anew(seen: EnvironmentState) -> Array:
+    """``[n]`` bool: the environments whose episode ended with the last step, or all where none has stepped."""
+    ended: Array = (seen.terminated | seen.truncated) & seen.stepped
+    return ended if seen.stepped.any() else np.ones(len(seen.stepped), np.bool_)
 
 
 def make_replay(

@@ -22,7 +22,7 @@ class ActionBounds:
 
     low: torch.Tensor
     high: torch.Tensor
-    half_range: torch.Tensor  # (high - low) / 2, the unit of TD3's noises
+    half_range: torch.Tensor  # (high - low) / 2, the unit of all noise
 
     @property
     def shape(self) -> torch.Size:
@@ -59,7 +59,24 @@ def noisy_actions(
     noise = key.normal(*actions.shape).to(actions.device) * scale
     if clip is not None:
         noise = noise.clamp_(-clip, clip)
-    return torch.clamp(actions + noise * bounds.half_range, bounds.low, bounds.high)
+    return within_bounds(actions, noise, bounds)
+
+
+def within_bounds(actions: torch.Tensor, noise: torch.Tensor, bounds: ActionBounds) -> torch.Tensor:
+    """Actions with noise ``[n, *action_shape]``, in halves of the action range, clamped to the bounds."""
+    return torch.clamp(actions + noise.to(actions.device) * bounds.half_range, bounds.low, bounds.high)
+
+
+def ornstein_uhlenbeck(
+    noise: torch.Tensor, key: RandomKey, *, sigma: float, theta: float = 0.15, mu: float = 0.0
+) -> torch.Tensor:
+    """The noise that follows ``noise`` ``[n, *action_shape]``: x + theta * (mu - x) + sigma * N(0, 1).
+
+    Each row is a process of its own. Its stationary deviation is ``sigma / sqrt(theta * (2 - theta))``, and its
+    values ``k`` steps apart correlate by ``(1 - theta) ** k``. The exploration of Lillicrap et al. 2016
+    (arXiv:1509.02971), after Uhlenbeck and Ornstein 1930.
+    """
+    return noise + theta * (mu - noise) + sigma * key.normal(*noise.shape)
 
 
 def policy_actions(

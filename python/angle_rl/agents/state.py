@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from angle_rl.agents.exploration import Exploration
 from angle_rl.agents.noise import ActionBounds
 from angle_rl.engines.base import Engine, UpdateResult
 
 SKIPS_ALLOWED = 2
+NOISE = "noise"  # the exploration noise's name in a checkpoint
 
 
 class LossNotFiniteError(ArithmeticError):
@@ -30,6 +32,8 @@ class ActorCriticState:
     meta: Any  # has update_meta_learning_model(states, q); None: no meta step
     bounds: ActionBounds
     device: torch.device
+    exploration: Exploration  # the scale of the exploration noise
+    noise: torch.Tensor | None = None  # [n, *action_shape], Ornstein-Uhlenbeck noise, in halves of the action range
     log_entropy_coefficient: torch.Tensor | None = None  # scalar, SAC's parameter; None: fixed, or no entropy term
     entropy_coefficient: torch.Tensor | None = None  # scalar, its exponential, without gradient
     steps: int = 0  # transitions recorded
@@ -82,7 +86,13 @@ def export_state(state: ActorCriticState) -> tuple[dict[str, torch.Tensor], dict
             tensors |= {f"optimizers.{name}.{index}.{slot}": tensor for slot, tensor in slots.items()}
     arrays, replay = state.replay.export_state()
     tensors |= {f"replay.{name}": torch.as_tensor(array) for name, array in arrays.items()}
-    return tensors, {"counters": {name: getattr(state, name) for name in COUNTERS}, "replay": replay}
+    if state.noise is not None:
+        tensors[NOISE] = state.noise
+    return tensors, {
+        "counters": {name: getattr(state, name) for name in COUNTERS},
+        "exploration": state.exploration.export_state(),
+        "replay": replay,
+    }
 
 
 def import_state(state: ActorCriticState, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
@@ -96,12 +106,21 @@ def import_state(state: ActorCriticState, tensors: dict[str, torch.Tensor], valu
                 f"{name} has shape {list(tensors[name].shape)} in the checkpoint; here it must be {list(tensor.shape)}"
             )
     for name in tensors:
-        if name not in own and not name.startswith(("optimizers.", "replay.")):
+        if name not in own and name != NOISE and not name.startswith(("optimizers.", "replay.")):
             raise ValueError(f"the checkpoint holds {name}, which these networks do not have")
+    noise = tensors.get(NOISE)
+    if noise is not None and (noise.dim() == 0 or noise.shape[1:] != state.bounds.shape):
+        shape = ", ".join(["n", *map(str, state.bounds.shape)])
+        raise ValueError(f"{NOISE} has shape {list(noise.shape)} in the checkpoint; here it must be [{shape}]")
+    exploration = Exploration(state.exploration.schedule)
+    if "exploration" in values:
+        exploration.import_state(values["exploration"])
     state.replay.import_state(
         {name.removeprefix("replay."): t.numpy() for name, t in tensors.items() if name.startswith("replay.")},
         values["replay"],
     )
+    state.noise = None if noise is None else noise.clone()
+    state.exploration = exploration
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from angle_rl.agents.actor_critic import ActorCritic
+from angle_rl.agents.ddpg import deterministic_policy_loss
 from angle_rl.agents.noise import ActionBounds, noisy_actions, policy_actions
 from angle_rl.agents.state import ActorCriticState
 from angle_rl.engines.base import NextValues, PolicyLoss
@@ -21,18 +20,12 @@ class TD3(ActorCritic):
     policy_delay = 2
     has_target_policy = True
     delays_targets = True
+    default_noise = "gaussian"
+    explores_from_mean = True
 
     def default_policy(self, observation_dim: int, bounds: ActionBounds) -> torch.nn.Module:
         """A deterministic policy."""
         return DeterministicPolicy(observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes)
-
-    def explore(self, state: ActorCriticState, observations: Any, n: int, key: RandomKey) -> torch.Tensor:
-        """The policy's actions with exploration noise."""
-        policy_key, noise_key = key.split(2)
-        actions, _ = policy_actions(
-            state.policy, observations, (n, *state.bounds.shape), policy_key, deterministic=True
-        )
-        return noisy_actions(actions, state.bounds, noise_key, scale=self._hyperparameters.exploration_noise)
 
     def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
         """The target critics at the target policy's actions with clipped noise, algorithm 1."""
@@ -51,7 +44,4 @@ class TD3(ActorCritic):
 
     def policy_loss(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> PolicyLoss:
         """The deterministic policy gradient through the first critic: -mean Q1(s, pi(s))."""
-        shape = (len(batch.rewards), *state.bounds.shape)
-        actions, _ = policy_actions(state.policy, batch.observations, shape, key, deterministic=True)
-        q = state.critics(batch.observations, actions)
-        return PolicyLoss(-q[0].mean(), None)
+        return deterministic_policy_loss(state, batch, key)
