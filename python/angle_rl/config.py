@@ -49,7 +49,7 @@ Seed = Annotated[int, In("[0, 9223372036854775807]")]
 class Hyperparameters:
     """What is learned, and how."""
 
-    agent: Literal["sac", "td3", "ddpg"] = "sac"  # the algorithm
+    agent: Literal["sac", "sac_discrete", "td3", "ddpg"] = "sac"  # the algorithm
     hidden_sizes: tuple[Count, ...] = (256, 256)  # units of each hidden layer, in all networks
     # critics in the ensemble, whose minimum the target takes; auto: 2, or 1 (DDPG)
     critics: Count | Literal["auto"] = "auto"
@@ -71,7 +71,8 @@ class Hyperparameters:
     huber_delta: Positive | None = None  # Huber error beyond this |td_error|; None: squared error
     max_gradient_norm: Positive | None = None  # 2-norm to clip each network's gradients to
     entropy_coefficient: NotNegative | Literal["auto"] = "auto"  # SAC, reward per nat; auto: learned, from 1
-    target_entropy: Finite | None = None  # SAC, nats auto aims at; None: -(action dimensions)
+    # SAC, nats auto aims at; None: -(action dimensions), or 0.98 * log(actions) where they are discrete
+    target_entropy: Finite | None = None
     # noise added to the actions while learning; auto: none (SAC), gaussian (TD3), ou: Ornstein-Uhlenbeck (DDPG)
     exploration_process: Literal["auto", "none", "gaussian", "ou"] = "auto"
     # its first scale in halves of the action range: gaussian's deviation, ou's sigma; auto: 0.1 and 0.2

@@ -18,6 +18,7 @@ from angle_rl.agents.actor_critic import ActorCritic, QFuture
 from angle_rl.agents.base import Agent, crossings
 from angle_rl.agents.ddpg import DDPG
 from angle_rl.agents.sac import SAC
+from angle_rl.agents.sac_discrete import DiscreteSAC
 from angle_rl.agents.state import LossNotFiniteError
 from angle_rl.agents.td3 import TD3
 from angle_rl.config import AgentConfig, config_from_dict
@@ -26,7 +27,7 @@ from angle_rl.evaluation import Evaluation, check_device, interrupts, torch_thre
 from angle_rl.feed import DataFeed, make_evaluation_feed, make_feed
 from angle_rl.types import Array, EnvironmentState, RandomKey, RLState
 
-AGENTS: dict[str, type[ActorCritic]] = {"sac": SAC, "td3": TD3, "ddpg": DDPG}
+AGENTS: dict[str, type[ActorCritic]] = {"sac": SAC, "sac_discrete": DiscreteSAC, "td3": TD3, "ddpg": DDPG}
 
 
 class AgentTrainer:

@@ -1,8 +1,9 @@
-"""The agents: SAC, TD3 and DDPG, and the protocol for others."""
+"""The agents: SAC for continuous and for discrete actions, TD3 and DDPG, and the protocol for others."""
 
 from angle_rl.agents.base import Agent
 from angle_rl.agents.ddpg import DDPG
 from angle_rl.agents.sac import SAC
+from angle_rl.agents.sac_discrete import DiscreteSAC
 from angle_rl.agents.td3 import TD3
 
-__all__ = ["DDPG", "SAC", "TD3", "Agent"]
+__all__ = ["DDPG", "SAC", "TD3", "Agent", "DiscreteSAC"]

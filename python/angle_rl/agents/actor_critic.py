@@ -75,13 +75,32 @@ class ActorCritic:
     policy_delay: int  # updates per policy step under policy_update_interval="auto"
     has_target_policy: bool
     delays_targets: bool  # targets move with the policy only
-    default_critics = 2  # how many under critics="auto"
+    critics_under_auto = 2
     default_noise = "none"  # the process under exploration_process="auto"
     explores_from_mean = False  # noise is added to the policy's deterministic actions, not to its samples
+
+    def bounds_of(self, action_space: gymnasium.Space[Any], device: torch.device) -> ActionBounds:
+        """The bounds of the actions. ValueError for a space that the agent cannot act in."""
+        return action_bounds(action_space, device, self.name)
 
     def default_policy(self, observation_dim: int, bounds: ActionBounds) -> torch.nn.Module:
         """A policy for flat observations."""
         raise TypeError(f"{type(self).__name__} has no default policy; pass policy=")
+
+    def default_critics(
+        self, observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any], number: int
+    ) -> torch.nn.Module:
+        """So many critics for flat observations and actions."""
+        return TwinQ(
+            flat_dim(observation_space, "observation", "critics"),
+            flat_dim(action_space, "action", "critics"),
+            self._hyperparameters.hidden_sizes,
+            number,
+        )
+
+    def random_actions(self, state: ActorCriticState, n: int, key: RandomKey) -> torch.Tensor:
+        """Actions to take before learning starts, ``[n, *action_shape]``, uniform."""
+        return uniform_actions(state.bounds, n, key)
 
     def explore(self, state: ActorCriticState, observations: Any, n: int, key: RandomKey) -> torch.Tensor:
         """Actions to take while learning, ``[n, *action_shape]``: the policy's, with noise where there is any."""
@@ -130,22 +149,19 @@ class ActorCritic:
         policy, critics, replay = (options.get(name) for name in ("policy", "critics", "replay"))
         hyperparameters = self._hyperparameters
         device = torch.device(self.config.training.device)
-        bounds = action_bounds(action_space, device, self.name)
+        bounds = self.bounds_of(action_space, device)
         if replay is None:
             replay = make_replay(self.config, observation_space, action_space, replay_key.seed())
         check_replay(replay, self.config)
         with seeded_torch(network_key, device):
             if policy is None:
                 dim = flat_dim(observation_space, "observation", "policy")
-                flat_dim(action_space, "action", "policy")
+                if len(bounds.shape) > 0:
+                    flat_dim(action_space, "action", "policy")
                 policy = self.default_policy(dim, bounds)
             if critics is None:
-                critics = TwinQ(
-                    flat_dim(observation_space, "observation", "critics"),
-                    flat_dim(action_space, "action", "critics"),
-                    hyperparameters.hidden_sizes,
-                    self.default_critics if hyperparameters.critics == "auto" else hyperparameters.critics,
-                )
+                number = self.critics_under_auto if hyperparameters.critics == "auto" else hyperparameters.critics
+                critics = self.default_critics(observation_space, action_space, number)
         check_policy(policy)
         policy, critics = policy.to(device), critics.to(device)
         rate, policy_rate = hyperparameters.learning_rate, hyperparameters.policy_learning_rate
@@ -194,7 +210,7 @@ class ActorCritic:
         key, random_key = rl_state.random_key.split(2)
         observations, n = rl_state.environment_state.observation, len(rl_state.environment_state.reward)
         if state.steps < self._hyperparameters.learning_starts:
-            actions = uniform_actions(state.bounds, n, key)
+            actions = self.random_actions(state, n, key)
         else:
             with torch.no_grad():
                 actions = self.explore(state, as_tensors(observations, state.device), n, key)

@@ -23,7 +23,7 @@ class DDPG(ActorCritic):
     policy_delay = 1
     has_target_policy = True
     delays_targets = False
-    default_critics = 1
+    critics_under_auto = 1
     default_noise = "ou"
     explores_from_mean = True
 

@@ -9,6 +9,7 @@ import torch
 from angle_rl.agents.actor_critic import ActorCritic, adam
 from angle_rl.agents.noise import ActionBounds, policy_actions
 from angle_rl.agents.state import ActorCriticState
+from angle_rl.config import Hyperparameters
 from angle_rl.engines.base import NextValues, PolicyLoss
 from angle_rl.models import SquashedGaussianPolicy
 from angle_rl.types import Batch, RandomKey
@@ -28,17 +29,7 @@ class SAC(ActorCritic):
 
     def finish_init(self, state: ActorCriticState) -> None:
         """The entropy coefficient: a parameter and its optimiser if learned, otherwise a constant."""
-        hyperparameters = self._hyperparameters
-        coefficient = hyperparameters.entropy_coefficient
-        if not isinstance(coefficient, str):
-            state.entropy_coefficient = torch.tensor(coefficient, device=state.device)
-            return
-        state.log_entropy_coefficient = torch.zeros((), device=state.device, requires_grad=True)
-        state.entropy_coefficient = torch.ones((), device=state.device)
-        rate = hyperparameters.entropy_learning_rate
-        state.optimizers["entropy_coefficient"] = adam(
-            [state.log_entropy_coefficient], hyperparameters.learning_rate if rate is None else rate
-        )
+        start_entropy_coefficient(state, self._hyperparameters)
 
     def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
         """The soft value of the next observations, equation 3: min Q(s', a') - alpha log pi(a'|s')."""
@@ -62,18 +53,37 @@ class SAC(ActorCritic):
         return PolicyLoss((_required(state.entropy_coefficient) * log_prob - smallest).mean(), log_prob)
 
     def after_policy_step(self, state: ActorCriticState, learned: PolicyLoss) -> None:
-        """Equation 18 in the coefficient's logarithm, on the log-probabilities of the policy's own loss.
-
-        The loss is -log(alpha) * mean(log pi + target entropy): its gradient needs no backward pass.
-        """
-        log_coefficient = state.log_entropy_coefficient
-        if log_coefficient is None:
-            return
+        """Equation 18, on the log-probabilities of the policy's own loss."""
         target = self._hyperparameters.target_entropy
         target = -float(math.prod(state.bounds.shape)) if target is None else target
-        log_coefficient.grad = -(_required(learned.log_prob).detach().mean() + target)
-        state.optimizers["entropy_coefficient"].step()
-        state.entropy_coefficient = log_coefficient.detach().exp()
+        learn_entropy_coefficient(state, _required(learned.log_prob), target)
+
+
+def start_entropy_coefficient(state: ActorCriticState, hyperparameters: Hyperparameters) -> None:
+    """The entropy coefficient of a first state: a parameter and its optimiser if learned, otherwise a constant."""
+    coefficient = hyperparameters.entropy_coefficient
+    if not isinstance(coefficient, str):
+        state.entropy_coefficient = torch.tensor(coefficient, device=state.device)
+        return
+    state.log_entropy_coefficient = torch.zeros((), device=state.device, requires_grad=True)
+    state.entropy_coefficient = torch.ones((), device=state.device)
+    rate = hyperparameters.entropy_learning_rate
+    state.optimizers["entropy_coefficient"] = adam(
+        [state.log_entropy_coefficient], hyperparameters.learning_rate if rate is None else rate
+    )
+
+
+def learn_entropy_coefficient(state: ActorCriticState, log_prob: torch.Tensor, target_entropy: float) -> None:
+    """One step of the coefficient, in its logarithm, if it is learned; ``log_prob`` is ``[batch]``.
+
+    The loss is -log(alpha) * mean(log pi + target entropy): its gradient needs no backward pass.
+    """
+    log_coefficient = state.log_entropy_coefficient
+    if log_coefficient is None:
+        return
+    log_coefficient.grad = -(log_prob.detach().mean() + target_entropy)
+    state.optimizers["entropy_coefficient"].step()
+    state.entropy_coefficient = log_coefficient.detach().exp()
 
 
 def _required(tensor: torch.Tensor | None) -> torch.Tensor:
