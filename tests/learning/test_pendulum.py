@@ -1,4 +1,4 @@
-"""SAC and TD3 swing up the pendulum: five seeds of five, within 10,000 steps."""
+"""SAC, TD3 and DDPG swing up the pendulum: five seeds of five, within 10,000 steps."""
 
 import pytest
 
@@ -7,10 +7,10 @@ from angle_rl import AgentConfig, AgentTrainer, Hyperparameters, Service, Traini
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("agent", ["sac", "td3"])
+@pytest.mark.parametrize("agent", ["sac", "td3", "ddpg"])
 def test_pendulum(tmp_path, agent, seed):
     # TD3's targets move with every second update: twice the step keeps them as quick as SAC's.
-    tau = {"sac": 0.005, "td3": 0.01}[agent]
+    tau = {"sac": 0.005, "td3": 0.01, "ddpg": 0.005}[agent]
     config = AgentConfig(
         hyperparameters=Hyperparameters(agent=agent, tau=tau),
         training=Training(environment="Pendulum-v1", steps=10_000, seed=seed, evaluation_episodes=20),
