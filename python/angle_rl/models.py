@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from angle_rl import ops
+from angle_rl.encoders import ObservationEncoder
+from angle_rl.spaces import Space
 
-__all__ = ["DeterministicPolicy", "PolicyModel", "SquashedGaussianPolicy", "TwinQ"]
+__all__ = ["DeterministicPolicy", "PolicyModel", "QNetwork", "SquashedGaussianPolicy", "TwinQ"]
 
 LOG_STD_RANGE = (-20.0, 2.0)
 """Where ``SquashedGaussianPolicy`` clamps ``log_std``: deviations from 2e-9 to 7.4 before squashing."""
@@ -214,6 +216,47 @@ class TwinQ(nn.Module):
             if index < last:
                 values = functional.relu(values, inplace=True)
         return values.squeeze(1)
+
+
+class QNetwork(nn.Module):
+    """The values of all of finitely many actions at once (Mnih et al. 2015, doi:10.1038/nature14236).
+
+    Args:
+        observation_space: what ``ObservationEncoder`` takes.
+        actions: number of actions, >= 1.
+        hidden_sizes: widths of the hidden layers behind the encoder, each >= 1; ReLU between.
+        dueling: two streams, a value and advantages, that part before the last hidden layer and of which each has
+            one: ``Q = V + A - mean(A)`` (Wang et al. 2016, arXiv:1511.06581, equation 9).
+    """
+
+    def __init__(
+        self,
+        observation_space: Space,
+        actions: int,
+        hidden_sizes: Sequence[int] = (256, 256),
+        *,
+        dueling: bool = False,
+    ) -> None:
+        _check_sizes(actions=actions, hidden_sizes=hidden_sizes)
+        super().__init__()
+        self.actions = actions
+        self.dueling = dueling
+        self.encoder = ObservationEncoder(observation_space)
+        shared, stream = (hidden_sizes[:-1], hidden_sizes[-1:]) if dueling else (hidden_sizes, ())
+        width = [self.encoder.width, *shared][-1]
+        self.body = multilayer_perceptron(self.encoder.width, shared)
+        last = [width, *stream][-1]
+        self.advantages = nn.Sequential(*multilayer_perceptron(width, stream), nn.Linear(last, actions))
+        if dueling:
+            self.value = nn.Sequential(*multilayer_perceptron(width, stream), nn.Linear(last, 1))
+
+    def forward(self, observations: Any) -> Tensor:
+        """Observations as the space nests, each ``[batch, ...]`` -> q, ``[batch, actions]``."""
+        hidden = self.body(self.encoder(observations))
+        q: Tensor = self.advantages(hidden)
+        if self.dueling:
+            q = self.value(hidden) + q - q.mean(1, keepdim=True)
+        return q
 
 
 def _check_matrix(name: str, tensor: Tensor, width: int) -> None:
