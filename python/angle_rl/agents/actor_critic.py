@@ -12,7 +12,6 @@ import gymnasium
 import numpy as np
 import torch
 
-from angle_rl._core import MAX_STREAMS
 from angle_rl.agents.base import crossings
 from angle_rl.agents.exploration import Exploration, make_schedule
 from angle_rl.agents.noise import (
@@ -25,13 +24,19 @@ from angle_rl.agents.noise import (
     uniform_actions,
     within_bounds,
 )
-from angle_rl.agents.state import ActorCriticState, count_update, export_state, import_state
+from angle_rl.agents.state import (
+    ActorCriticState,
+    begin_streams,
+    count_update,
+    export_state,
+    import_state,
+    insert_stepped,
+)
 from angle_rl.config import AgentConfig
 from angle_rl.engines import make_engine
 from angle_rl.engines.base import NextValues, PolicyLoss, Update
 from angle_rl.models import TwinQ
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
-from angle_rl.spaces import row_of
 from angle_rl.types import Array, Batch, EnvironmentState, RandomKey, RLState, UpdateSpec
 
 FIRST_SCALE = {"none": 0.0, "gaussian": 0.1, "ou": 0.2}
@@ -193,8 +198,7 @@ class ActorCritic:
         state: ActorCriticState = rl_state.agent_state
         seen = rl_state.environment_state
         n = len(seen.stepped)
-        if state.steps > 0 and not seen.stepped.any():
-            state.first_stream = (state.first_stream + n) % max(1, MAX_STREAMS - n)
+        begin_streams(state, seen)
         state.exploration.reset(seen)
         if self._noise_process == "ou":
             mean = self._hyperparameters.exploration_mean
@@ -220,16 +224,7 @@ class ActorCritic:
         self, rl_state: RLState, action: Array, reward: Array, terminated: Array, next_rl_state: RLState
     ) -> RLState:
         """Insert the transitions of the environments that stepped. ValueError: a reward is not finite."""
-        state: ActorCriticState = next_rl_state.agent_state
-        before, after = rl_state.environment_state, next_rl_state.environment_state
-        streams = np.flatnonzero(after.stepped)
-        rows = (before.observation, action, reward, after.final_observation, terminated, after.truncated)
-        if len(streams) < len(after.stepped):
-            rows = tuple(row_of(row, streams) for row in rows)
-        if len(streams) > 0:
-            state.replay.insert(*rows, streams=streams + state.first_stream)
-            state.steps += len(streams)
-            state.exploration.record(after)
+        insert_stepped(rl_state, action, reward, terminated, next_rl_state)
         return next_rl_state
 
     def optimize_model(self, rl_state: RLState) -> RLState:

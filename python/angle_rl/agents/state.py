@@ -1,15 +1,19 @@
-"""What an actor-critic learns and counts, and how it goes into a checkpoint and comes back."""
+"""What an agent with critics learns and counts, and how it goes into a checkpoint and comes back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
+from angle_rl._core import MAX_STREAMS
 from angle_rl.agents.exploration import Exploration
 from angle_rl.agents.noise import ActionBounds
 from angle_rl.engines.base import Engine, UpdateResult
+from angle_rl.spaces import row_of
+from angle_rl.types import Array, EnvironmentState, RLState
 
 SKIPS_ALLOWED = 2
 NOISE = "noise"  # the exploration noise's name in a checkpoint
@@ -20,22 +24,18 @@ class LossNotFiniteError(ArithmeticError):
 
 
 @dataclass(kw_only=True)
-class ActorCriticState:
-    """All that an actor-critic learns and counts. Changed in place by its agent."""
+class LearnerState:
+    """All that an agent with critics and a replay learns and counts. Changed in place by its agent."""
 
-    policy: torch.nn.Module
-    target_policy: torch.nn.Module | None  # None: the target's actions come from the policy itself
+    networks: ClassVar[tuple[str, ...]] = ("critics", "target_critics")  # the fields that hold what is learned
+
     critics: torch.nn.Module
     target_critics: torch.nn.Module
     optimizers: dict[str, torch.optim.Optimizer]  # "critics", "policy", and SAC's "entropy_coefficient" if learned
     replay: Any  # ReplayBuffer or PrioritizedReplayBuffer
     meta: Any  # has update_meta_learning_model(states, q); None: no meta step
-    bounds: ActionBounds
     device: torch.device
-    exploration: Exploration  # the scale of the exploration noise
-    noise: torch.Tensor | None = None  # [n, *action_shape], Ornstein-Uhlenbeck noise, in halves of the action range
-    log_entropy_coefficient: torch.Tensor | None = None  # scalar, SAC's parameter; None: fixed, or no entropy term
-    entropy_coefficient: torch.Tensor | None = None  # scalar, its exponential, without gradient
+    exploration: Exploration  # the scale of the exploration noise, or the share of random actions
     steps: int = 0  # transitions recorded
     first_stream: int = 0  # the replay's stream of the first environment
     learned_steps: int = 0  # what `steps` was when optimize_model last ran
@@ -48,7 +48,56 @@ class ActorCriticState:
     engine: Engine = field(init=False)
 
 
-def count_update(state: ActorCriticState, result: UpdateResult, policy_steps: int) -> None:
+@dataclass(kw_only=True)
+class ActorCriticState(LearnerState):
+    """All that an actor-critic learns and counts. Changed in place by its agent."""
+
+    networks: ClassVar[tuple[str, ...]] = ("policy", "target_policy", "critics", "target_critics")
+
+    policy: torch.nn.Module
+    target_policy: torch.nn.Module | None  # None: the target's actions come from the policy itself
+    bounds: ActionBounds
+    noise: torch.Tensor | None = None  # [n, *action_shape], Ornstein-Uhlenbeck noise, in halves of the action range
+    log_entropy_coefficient: torch.Tensor | None = None  # scalar, SAC's parameter; None: fixed, or no entropy term
+    entropy_coefficient: torch.Tensor | None = None  # scalar, its exponential, without gradient
+
+
+def begin_streams(state: LearnerState, seen: EnvironmentState) -> None:
+    """Where all environments begin anew, their rows go to streams of their own from now on.
+
+    So no window of n steps runs from a row before to one after.
+    """
+    n = len(seen.stepped)
+    if state.steps > 0 and not seen.stepped.any():
+        state.first_stream = (state.first_stream + n) % max(1, MAX_STREAMS - n)
+
+
+def insert_stepped(rl_state: RLState, action: Array, reward: Array, terminated: Array, next_rl_state: RLState) -> None:
+    """Insert the transitions of the environments that stepped, and count them."""
+    state: LearnerState = next_rl_state.agent_state
+    streams, rows = stepped_rows(rl_state, action, reward, terminated, next_rl_state)
+    if len(streams) > 0:
+        state.replay.insert(*rows, streams=streams + state.first_stream)
+        state.steps += len(streams)
+        state.exploration.record(next_rl_state.environment_state)
+
+
+def stepped_rows(
+    rl_state: RLState, action: Array, reward: Array, terminated: Array, next_rl_state: RLState
+) -> tuple[Array, tuple[Any, ...]]:
+    """The environments that stepped, ``[k]``, and their transitions, each ``[k, ...]``.
+
+    These are observations, actions, rewards, next observations, terminated and truncated.
+    """
+    before, after = rl_state.environment_state, next_rl_state.environment_state
+    streams = np.flatnonzero(after.stepped)
+    rows = (before.observation, action, reward, after.final_observation, terminated, after.truncated)
+    if len(streams) < len(after.stepped):
+        rows = tuple(row_of(row, streams) for row in rows)
+    return streams, rows
+
+
+def count_update(state: LearnerState, result: UpdateResult, policy_steps: int) -> None:
     """Count an update, taken or skipped. LossNotFiniteError at the third skip in a row."""
     if result.finite:
         state.updates += 1
@@ -78,7 +127,7 @@ COUNTERS = (
 )
 
 
-def export_state(state: ActorCriticState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def export_state(state: LearnerState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state as named tensors (not copied: write them before the next step) and JSON-able values."""
     tensors = _own_tensors(state)
     for name, optimizer in state.optimizers.items():
@@ -86,7 +135,7 @@ def export_state(state: ActorCriticState) -> tuple[dict[str, torch.Tensor], dict
             tensors |= {f"optimizers.{name}.{index}.{slot}": tensor for slot, tensor in slots.items()}
     arrays, replay = state.replay.export_state()
     tensors |= {f"replay.{name}": torch.as_tensor(array) for name, array in arrays.items()}
-    if state.noise is not None:
+    if isinstance(state, ActorCriticState) and state.noise is not None:
         tensors[NOISE] = state.noise
     return tensors, {
         "counters": {name: getattr(state, name) for name in COUNTERS},
@@ -95,7 +144,7 @@ def export_state(state: ActorCriticState) -> tuple[dict[str, torch.Tensor], dict
     }
 
 
-def import_state(state: ActorCriticState, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+def import_state(state: LearnerState, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
     """Put back what `export_state` gave. ValueError where it does not fit, and nothing changes then."""
     own = _own_tensors(state)
     for name, tensor in own.items():
@@ -108,10 +157,12 @@ def import_state(state: ActorCriticState, tensors: dict[str, torch.Tensor], valu
     for name in tensors:
         if name not in own and name != NOISE and not name.startswith(("optimizers.", "replay.")):
             raise ValueError(f"the checkpoint holds {name}, which these networks do not have")
-    noise = tensors.get(NOISE)
-    if noise is not None and (noise.dim() == 0 or noise.shape[1:] != state.bounds.shape):
-        shape = ", ".join(["n", *map(str, state.bounds.shape)])
-        raise ValueError(f"{NOISE} has shape {list(noise.shape)} in the checkpoint; here it must be [{shape}]")
+    noise = _checked_noise(state, tensors)
+    optimizer_slots = {name: _optimizer_slots(name, optimizer, tensors) for name, optimizer in state.optimizers.items()}
+    missing = [name for name in COUNTERS if name not in values.get("counters", {})]
+    if missing or "replay" not in values:
+        raise ValueError(f"the checkpoint has no {missing[0] if missing else 'replay'}; it belongs to another agent")
+    counters = {name: int(values["counters"][name]) for name in COUNTERS}
     exploration = Exploration(state.exploration.schedule)
     if "exploration" in values:
         exploration.import_state(values["exploration"])
@@ -119,35 +170,60 @@ def import_state(state: ActorCriticState, tensors: dict[str, torch.Tensor], valu
         {name.removeprefix("replay."): t.numpy() for name, t in tensors.items() if name.startswith("replay.")},
         values["replay"],
     )
-    state.noise = None if noise is None else noise.clone()
     state.exploration = exploration
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
     for name, optimizer in state.optimizers.items():
-        _import_optimizer(optimizer, f"optimizers.{name}.", tensors)
-    if state.log_entropy_coefficient is not None:
-        state.entropy_coefficient = state.log_entropy_coefficient.detach().exp()
-    for name in COUNTERS:
-        setattr(state, name, int(values["counters"][name]))
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": optimizer_slots[name], "param_groups": groups})
+    if isinstance(state, ActorCriticState):
+        state.noise = noise
+        if state.log_entropy_coefficient is not None:
+            state.entropy_coefficient = state.log_entropy_coefficient.detach().exp()
+    for name, count in counters.items():
+        setattr(state, name, count)
 
 
-def _own_tensors(state: ActorCriticState) -> dict[str, torch.Tensor]:
+def _checked_noise(state: LearnerState, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """A copy of the exploration noise in a checkpoint. ValueError where it does not fit the actions."""
+    noise = tensors.get(NOISE)
+    if noise is None:
+        return None
+    if not isinstance(state, ActorCriticState):
+        raise ValueError(f"the checkpoint holds {NOISE}, which this agent does not have")
+    if noise.dim() == 0 or noise.shape[1:] != state.bounds.shape:
+        shape = ", ".join(["n", *map(str, state.bounds.shape)])
+        raise ValueError(f"{NOISE} has shape {list(noise.shape)} in the checkpoint; here it must be [{shape}]")
+    return noise.clone()
+
+
+def _own_tensors(state: LearnerState) -> dict[str, torch.Tensor]:
     """The networks' tensors and the entropy coefficient's, by name, sharing memory with the state."""
     tensors: dict[str, torch.Tensor] = {}
-    for name in ("policy", "target_policy", "critics", "target_critics"):
+    for name in state.networks:
         network = getattr(state, name)
         if network is not None:
             tensors |= {f"{name}.{key}": tensor for key, tensor in network.state_dict().items()}
-    if state.log_entropy_coefficient is not None:
+    if isinstance(state, ActorCriticState) and state.log_entropy_coefficient is not None:
         tensors["log_entropy_coefficient"] = state.log_entropy_coefficient.detach()
     return tensors
 
 
-def _import_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
+def _optimizer_slots(
+    name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Copies of an optimiser's tensors by parameter and slot. ValueError where they do not fit its parameters."""
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
     slots: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            index, slot = name.removeprefix(prefix).split(".")
-            slots.setdefault(int(index), {})[slot] = tensor.clone()
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    for key, tensor in tensors.items():
+        if not key.startswith(f"optimizers.{name}."):
+            continue
+        index, _, slot = key.removeprefix(f"optimizers.{name}.").partition(".")
+        if not index.isdigit() or int(index) >= len(shapes):
+            raise ValueError(f"the checkpoint holds {key}; the optimizer has {len(shapes)} parameters here")
+        shape = shapes[int(index)]
+        if tensor.dim() > 0 and tensor.shape != shape:
+            raise ValueError(f"{key} has shape {list(tensor.shape)} in the checkpoint; here it must be {list(shape)}")
+        slots.setdefault(int(index), {})[slot] = tensor.clone()
+    return slots
