@@ -86,7 +86,7 @@ configs = st.builds(
     AgentConfig,
     hyperparameters=st.builds(
         Hyperparameters,
-        agent=st.sampled_from(["sac", "td3"]),
+        agent=st.sampled_from(["sac", "td3", "ddpg", "dqn", "q_learning"]),
         hidden_sizes=st.lists(st.integers(1, 4096), min_size=1, max_size=4).map(tuple),
         learning_rate=st.floats(1e-300, 1e300),
         policy_update_interval=st.sampled_from(["auto", None, 1, 7]),

@@ -49,11 +49,12 @@ Seed = Annotated[int, In("[0, 9223372036854775807]")]
 class Hyperparameters:
     """What is learned, and how."""
 
-    agent: Literal["sac", "sac_discrete", "td3", "ddpg"] = "sac"  # the algorithm
+    agent: Literal["sac", "sac_discrete", "td3", "ddpg", "dqn", "q_learning"] = "sac"  # the algorithm
     hidden_sizes: tuple[Count, ...] = (256, 256)  # units of each hidden layer, in all networks
     # critics in the ensemble, whose minimum the target takes; auto: 2, or 1 (DDPG)
     critics: Count | Literal["auto"] = "auto"
-    learning_rate: Positive = 1e-3  # Adam's step size: the critics', and the others' where they have none
+    # Adam's step size: the critics', and the others' where they have none; Q-learning: share of the td error, at most 1
+    learning_rate: Positive = 1e-3
     policy_learning_rate: Positive | None = None  # Adam's step size for the policy; None: learning_rate
     entropy_learning_rate: Positive | None = None  # SAC, for the entropy coefficient; None: learning_rate
     batch_size: Count = 256  # transitions per update
@@ -79,6 +80,7 @@ class Hyperparameters:
     exploration_noise: NotNegative | Literal["auto"] = "auto"
     exploration_theta: Share = 0.15  # ou, share of the way back to the mean per step
     exploration_mean: Finite = 0.0  # ou, where the noise comes back to, in halves of the action range
+    exploration_epsilon: Share = 0.1  # DQN and Q-learning, first share of random actions: their scale below
     # how the scale changes: plateau grows it while the episodes' returns stand still, and decays it otherwise
     exploration_schedule: Literal["constant", "linear", "plateau"] = "constant"
     exploration_minimum: NotNegative = 0.01  # linear, the last scale; plateau, the smallest
@@ -90,6 +92,8 @@ class Hyperparameters:
     exploration_decay: PositiveShare = 0.995  # plateau, factor per episode while they do not
     target_noise: NotNegative = 0.2  # TD3, deviation of noise on the target policy's actions, same unit
     target_noise_clip: NotNegative = 0.5  # TD3, target noise is clipped to this either way, same unit
+    double_q: bool = True  # DQN, the online network chooses the next action that the target network values
+    dueling: bool = False  # DQN, value and advantages apart in the default network
     replay: Literal["prioritized", "uniform"] = "prioritized"  # how transitions are drawn
     replay_capacity: Count = 1_000_000  # transitions kept; the oldest go first
     priority_exponent: NotNegative = 0.6  # prioritized: priority = (|td_error| + priority_epsilon) ** this
