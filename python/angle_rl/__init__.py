@@ -12,16 +12,17 @@ from angle_rl._core import __version__
 from angle_rl.envs.registration import register_with_gymnasium
 
 if TYPE_CHECKING:
-    from angle_rl.agents import SAC, TD3, Agent
+    from angle_rl.agents import DQN, SAC, TD3, Agent, QLearning
     from angle_rl.config import AgentConfig, Hyperparameters, Service, Training
     from angle_rl.evaluation import Evaluation
     from angle_rl.feed import DataFeed, FunctionFeed, make_feed
-    from angle_rl.models import DeterministicPolicy, PolicyModel, SquashedGaussianPolicy, TwinQ
+    from angle_rl.models import DeterministicPolicy, PolicyModel, QNetwork, SquashedGaussianPolicy, TwinQ
     from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
     from angle_rl.trainer import AgentTrainer
     from angle_rl.types import Batch, RandomKey, RLState
 
 __all__ = [
+    "DQN",
     "SAC",
     "TD3",
     "Agent",
@@ -35,6 +36,8 @@ __all__ = [
     "Hyperparameters",
     "PolicyModel",
     "PrioritizedReplayBuffer",
+    "QLearning",
+    "QNetwork",
     "RLState",
     "RandomKey",
     "ReplayBuffer",
@@ -47,10 +50,10 @@ __all__ = [
 ]
 
 _MODULES = {
-    "agents": ("SAC", "TD3", "Agent"),
+    "agents": ("DQN", "SAC", "TD3", "Agent", "QLearning"),
     "config": ("AgentConfig", "Hyperparameters", "Service", "Training"),
     "feed": ("DataFeed", "FunctionFeed", "make_feed"),
-    "models": ("DeterministicPolicy", "PolicyModel", "SquashedGaussianPolicy", "TwinQ"),
+    "models": ("DeterministicPolicy", "PolicyModel", "QNetwork", "SquashedGaussianPolicy", "TwinQ"),
     "replay": ("PrioritizedReplayBuffer", "ReplayBuffer"),
     "evaluation": ("Evaluation",),
     "trainer": ("AgentTrainer",),

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from angle_rl import checkpoint, runs
-from angle_rl.agents.actor_critic import ActorCritic, QFuture
+from angle_rl.agents.actor_critic import QFuture
 from angle_rl.agents.base import Agent, crossings
 from angle_rl.agents.ddpg import DDPG
+from angle_rl.agents.dqn import DQN
+from angle_rl.agents.q_learning import QLearning
 from angle_rl.agents.sac import SAC
 from angle_rl.agents.sac_discrete import DiscreteSAC
 from angle_rl.agents.state import LossNotFiniteError
@@ -27,7 +29,14 @@ from angle_rl.evaluation import Evaluation, check_device, interrupts, torch_thre
 from angle_rl.feed import DataFeed, make_evaluation_feed, make_feed
 from angle_rl.types import Array, EnvironmentState, RandomKey, RLState
 
-AGENTS: dict[str, type[ActorCritic]] = {"sac": SAC, "sac_discrete": DiscreteSAC, "td3": TD3, "ddpg": DDPG}
+AGENTS: dict[str, Callable[..., Agent]] = {
+    "sac": SAC,
+    "sac_discrete": DiscreteSAC,
+    "td3": TD3,
+    "ddpg": DDPG,
+    "dqn": DQN,
+    "q_learning": QLearning,
+}
 
 
 class AgentTrainer:
