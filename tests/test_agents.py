@@ -99,13 +99,13 @@ def test_other_action_spaces_are_refused(space, says):
         SAC(AgentConfig()).init(RandomKey(0), observation_space=OBSERVATIONS, action_space=space)
 
 
-def test_default_networks_refuse_observations_that_are_not_flat():
-    image = spaces.Box(0, 255, (4, 4), np.uint8)
+def test_default_networks_refuse_actions_that_are_not_flat():
+    actions = spaces.Box(-1, 1, (2, 2))
     with pytest.raises(ValueError, match=r"default policy takes flat Box.*pass policy="):
-        SAC(AgentConfig()).init(RandomKey(0), observation_space=image, action_space=ACTIONS)
-    policy = SquashedGaussianPolicy(16, ACTIONS.low, ACTIONS.high)
+        SAC(AgentConfig()).init(RandomKey(0), observation_space=OBSERVATIONS, action_space=actions)
+    policy = SquashedGaussianPolicy(3, ACTIONS.low, ACTIONS.high)
     with pytest.raises(ValueError, match=r"default critics takes flat Box.*pass critics="):
-        SAC(AgentConfig()).init(RandomKey(0), observation_space=image, action_space=ACTIONS, policy=policy)
+        SAC(AgentConfig()).init(RandomKey(0), observation_space=OBSERVATIONS, action_space=actions, policy=policy)
 
 
 def test_a_policy_without_noise_runs_under_the_key_and_leaves_torch_alone():

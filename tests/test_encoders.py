@@ -7,9 +7,12 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
+from angle_rl.agents import DDPG, SAC, TD3, DiscreteSAC
+from angle_rl.config import AgentConfig, Hyperparameters
 from angle_rl.encoders import ImageEncoder, ObservationEncoder, is_image
-from angle_rl.models import QNetwork
+from angle_rl.models import QNetwork, SquashedGaussianPolicy, TwinQ
 from angle_rl.spaces import map_space
+from angle_rl.types import RandomKey
 
 
 def image(*shape, dtype=np.uint8, high=255):
@@ -226,3 +229,54 @@ def test_sizes_are_refused():
         QNetwork(spaces.Discrete(2), 0)
     with pytest.raises(ValueError, match="hidden_sizes is"):
         QNetwork(spaces.Discrete(2), 2, (0,))
+
+
+# Actor-critics behind an encoder ------------------------------------------------------------------------------
+
+ACTIONS = spaces.Box(-2, 2, (2,), np.float32)
+NESTED = spaces.Dict(camera=image(12, 12, 3), speed=spaces.Box(-1, 1, (2,)), gear=spaces.Discrete(4))
+
+
+def actor_critic(agent, space):
+    config = AgentConfig(hyperparameters=Hyperparameters(hidden_sizes=(16,), batch_size=8, replay_capacity=100))
+    agent = agent(config)
+    actions = spaces.Discrete(3) if isinstance(agent, DiscreteSAC) else ACTIONS
+    state, _ = agent.init(RandomKey(0), observation_space=space, action_space=actions)
+    return agent, state
+
+
+@pytest.mark.parametrize("agent", [SAC, TD3, DDPG, DiscreteSAC])
+@pytest.mark.parametrize("space", [NESTED, spaces.Discrete(5), spaces.Box(0, 5, (4,), np.uint8)])
+def test_default_networks_of_actor_critics_take_any_space_and_learn(agent, space):
+    agent, state = actor_critic(agent, space)
+    observations, following = (
+        map_space(lambda _, leaf: leaf.numpy(), space, batch_of(space, 30, seed)) for seed in (0, 1)
+    )
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(size=30).astype(np.float32)
+    discrete = isinstance(agent, DiscreteSAC)
+    actions = rng.integers(0, 3, 30) if discrete else rng.uniform(-2, 2, (30, 2)).astype(np.float32)
+    state.replay.insert(observations, actions, rewards, following, [False] * 30)
+    before = [p.detach().clone() for net in (state.policy, state.critics) for p in net.parameters()]
+    for key in range(4):
+        assert state.engine.update(RandomKey(key), 1).finite
+    after = [p.detach() for net in (state.policy, state.critics) for p in net.parameters()]
+    assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    actions, log_prob = state.policy.sample_actions(batch_of(space, 6), True)
+    assert actions.shape == ((6,) if discrete else (6, 2))
+    assert log_prob.shape == (6,)
+    assert state.critics(batch_of(space, 6), actions).shape == (1 if isinstance(agent, DDPG) else 2, 6)
+
+
+def test_the_same_noise_gives_the_same_actions_behind_an_encoder():
+    _, state = actor_critic(SAC, NESTED)
+    noise = RandomKey(1).normal(6, 2)
+    draws = [state.policy.sample_actions(batch_of(NESTED, 6), noise=noise)[0] for _ in range(2)]
+    assert torch.equal(*draws)
+    assert not torch.equal(draws[0], state.policy.sample_actions(batch_of(NESTED, 6), noise=2 * noise)[0])
+
+
+def test_flat_floats_need_no_encoder():
+    _, state = actor_critic(SAC, spaces.Box(-1, 1, (3,)))
+    assert isinstance(state.policy, SquashedGaussianPolicy)
+    assert isinstance(state.critics, TwinQ)

@@ -195,6 +195,11 @@ class EncodedCritics(nn.Module):
         q: Tensor = self.critics(self.encoder(observations), actions)
         return q
 
+    def action_values(self, observations: Any) -> Tensor:
+        """q of every action, ``[critics, batch, actions]``, where the critics have `action_values`."""
+        q: Tensor = self.critics.action_values(self.encoder(observations))  # type: ignore[operator]
+        return q
+
 
 def _leaf_encoder(space: Space) -> VectorEncoder | OneHotEncoder | ImageEncoder:
     if isinstance(space, spaces.Discrete):

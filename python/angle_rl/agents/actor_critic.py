@@ -33,6 +33,7 @@ from angle_rl.agents.state import (
     insert_stepped,
 )
 from angle_rl.config import AgentConfig
+from angle_rl.encoders import EncodedCritics, EncodedPolicy, ObservationEncoder
 from angle_rl.engines import make_engine
 from angle_rl.engines.base import NextValues, PolicyLoss, Update
 from angle_rl.models import TwinQ
@@ -92,16 +93,10 @@ class ActorCritic:
         """A policy for flat observations."""
         raise TypeError(f"{type(self).__name__} has no default policy; pass policy=")
 
-    def default_critics(
-        self, observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any], number: int
-    ) -> torch.nn.Module:
+    def default_critics(self, observation_dim: int, action_space: gymnasium.Space[Any], number: int) -> torch.nn.Module:
         """So many critics for flat observations and actions."""
-        return TwinQ(
-            flat_dim(observation_space, "observation", "critics"),
-            flat_dim(action_space, "action", "critics"),
-            self._hyperparameters.hidden_sizes,
-            number,
-        )
+        action_dim = flat_dim(action_space, "action", "critics")
+        return TwinQ(observation_dim, action_dim, self._hyperparameters.hidden_sizes, number)
 
     def random_actions(self, state: ActorCriticState, n: int, key: RandomKey) -> torch.Tensor:
         """Actions to take before learning starts, ``[n, *action_shape]``, uniform."""
@@ -160,13 +155,16 @@ class ActorCritic:
         check_replay(replay, self.config)
         with seeded_torch(network_key, device):
             if policy is None:
-                dim = flat_dim(observation_space, "observation", "policy")
                 if len(bounds.shape) > 0:
                     flat_dim(action_space, "action", "policy")
-                policy = self.default_policy(dim, bounds)
+                policy = behind_encoder(
+                    observation_space, EncodedPolicy, lambda width: self.default_policy(width, bounds)
+                )
             if critics is None:
                 number = self.critics_under_auto if hyperparameters.critics == "auto" else hyperparameters.critics
-                critics = self.default_critics(observation_space, action_space, number)
+                critics = behind_encoder(
+                    observation_space, EncodedCritics, lambda width: self.default_critics(width, action_space, number)
+                )
         check_policy(policy)
         policy, critics = policy.to(device), critics.to(device)
         rate, policy_rate = hyperparameters.learning_rate, hyperparameters.policy_learning_rate
@@ -373,6 +371,21 @@ def flat_dim(space: gymnasium.Space[Any], what: str, model: str) -> int:
         f"{what}_space is {space}; the default {model} takes flat Box {what}s only "
         f"(wrap the environment to flatten them, or pass {model}=)"
     )
+
+
+def behind_encoder(
+    space: gymnasium.Space[Any],
+    wrapper: Callable[[torch.nn.Module, torch.nn.Module], torch.nn.Module],
+    network: Callable[[int], torch.nn.Module],
+) -> torch.nn.Module:
+    """``network(width)`` for observations of a space: as it is for vectors of floats, else behind an encoder.
+
+    `wrapper` puts the encoder and the network together. TypeError where no encoder takes the space.
+    """
+    if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating):
+        return network(int(space.shape[0]))
+    encoder = ObservationEncoder(space)
+    return wrapper(encoder, network(encoder.width))
 
 
 def frozen_copy(module: torch.nn.Module) -> torch.nn.Module:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from angle_rl.agents.actor_critic import ActorCritic, QFuture, flat_dim
+from angle_rl.agents.actor_critic import ActorCritic, QFuture
 from angle_rl.agents.noise import ActionBounds
 from angle_rl.agents.sac import learn_entropy_coefficient, start_entropy_coefficient
 from angle_rl.agents.state import ActorCriticState
@@ -144,13 +144,11 @@ class DiscreteSAC(ActorCritic):
             observation_dim, _number_of_actions(bounds), int(bounds.low), self._hyperparameters.hidden_sizes
         )
 
-    def default_critics(
-        self, observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any], number: int
-    ) -> torch.nn.Module:
+    def default_critics(self, observation_dim: int, action_space: gymnasium.Space[Any], number: int) -> torch.nn.Module:
         """So many critics for flat observations, with one output for each action."""
         bounds = self.bounds_of(action_space, torch.device("cpu"))
         return DiscreteQ(
-            flat_dim(observation_space, "observation", "critics"),
+            observation_dim,
             _number_of_actions(bounds),
             int(bounds.low),
             self._hyperparameters.hidden_sizes,
