@@ -1,0 +1,19 @@
+"""Where transitions come from: Gymnasium environments, single or vectorised, or a function.
+
+A ``DataFeed`` runs ``n`` environments side by side; every array that it gives has a leading axis ``n``, also
+for one environment. Observations of Dict and Tuple spaces are dicts and tuples of such arrays, in the dtypes
+of the space. What it gives is never overwritten later. All randomness comes from the keys it is handed:
+``init`` and ``reset`` seed the environments, so the same key gives the same episodes. What an environment
+raises passes through untouched, and rewards are passed on as they come, finite or not. A feed belongs to one
+thread.
+"""
+
+from __future__ import annotations
+
+from angle_rl.feed.make import make_evaluation_feed, make_feed
+from angle_rl.feed.protocol import DataFeed
+from angle_rl.feed.single import GymnasiumFeed
+from angle_rl.feed.vector import VectorFeed
+from angle_rl.function_feed import FunctionFeed
+
+__all__ = ["DataFeed", "FunctionFeed", "GymnasiumFeed", "VectorFeed", "make_evaluation_feed", "make_feed"]
