@@ -10,10 +10,24 @@ thread.
 
 from __future__ import annotations
 
-from angle_rl.feed.make import make_evaluation_feed, make_feed
+from angle_rl.feed.history import HistoryFeed
+from angle_rl.feed.make import make_feed
 from angle_rl.feed.protocol import DataFeed
 from angle_rl.feed.single import GymnasiumFeed
 from angle_rl.feed.vector import VectorFeed
+from angle_rl.feed.wrapping import around, export_feed_state, import_feed_state, make_evaluation_feed, unscaled_reward
 from angle_rl.function_feed import FunctionFeed
 
-__all__ = ["DataFeed", "FunctionFeed", "GymnasiumFeed", "VectorFeed", "make_evaluation_feed", "make_feed"]
+__all__ = [
+    "DataFeed",
+    "FunctionFeed",
+    "GymnasiumFeed",
+    "HistoryFeed",
+    "VectorFeed",
+    "around",
+    "export_feed_state",
+    "import_feed_state",
+    "make_evaluation_feed",
+    "make_feed",
+    "unscaled_reward",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import gymnasium
 from gymnasium.envs.registration import EnvSpec
@@ -56,16 +56,6 @@ def make_feed(source: Any, *, num_environments: int = 1, **options: Any) -> Data
             raise TypeError(f"options {sorted(options)} do not apply to a function that makes environments")
         return _feed_of(source, num_environments, None)
     return FunctionFeed(source, num_environments=num_environments, **options)
-
-
-def make_evaluation_feed(feed: DataFeed) -> DataFeed | None:
-    """An independent feed of one environment like ``feed``'s, to evaluate on, or None where none can be made.
-
-    It asks the feed's ``evaluation_feed()``, if it has one. An environment that keeps statistics (say, a
-    normalising wrapper) is copied with those it has now: ask again for each evaluation. The caller closes it.
-    """
-    make = getattr(feed, "evaluation_feed", None)
-    return None if make is None else cast("DataFeed | None", make())
 
 
 def _feed_of(factory: Callable[[], Any], number: int, name: str | None) -> GymnasiumFeed:
