@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from angle_rl.feed.history import HistoryFeed
 from angle_rl.feed.make import make_feed
+from angle_rl.feed.normalize import NormalizedFeed, wrap_feed
 from angle_rl.feed.protocol import DataFeed
 from angle_rl.feed.single import GymnasiumFeed
+from angle_rl.feed.statistics import RunningStatistics
 from angle_rl.feed.vector import VectorFeed
 from angle_rl.feed.wrapping import around, export_feed_state, import_feed_state, make_evaluation_feed, unscaled_reward
 from angle_rl.function_feed import FunctionFeed
@@ -23,6 +25,8 @@ __all__ = [
     "FunctionFeed",
     "GymnasiumFeed",
     "HistoryFeed",
+    "NormalizedFeed",
+    "RunningStatistics",
     "VectorFeed",
     "around",
     "export_feed_state",
@@ -30,4 +34,5 @@ __all__ = [
     "make_evaluation_feed",
     "make_feed",
     "unscaled_reward",
+    "wrap_feed",
 ]

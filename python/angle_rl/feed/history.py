@@ -9,7 +9,14 @@ import numpy as np
 from gymnasium import spaces
 
 from angle_rl.feed.protocol import DataFeed, Step
-from angle_rl.feed.wrapping import around, export_feed_state, import_feed_state, make_evaluation_feed, unscaled_reward
+from angle_rl.feed.wrapping import (
+    around,
+    check_same_arrays,
+    export_feed_state,
+    import_feed_state,
+    make_evaluation_feed,
+    unscaled_reward,
+)
 from angle_rl.spaces import Space, check_observation_space, map_space
 from angle_rl.types import Array, EnvironmentState, RandomKey
 
@@ -69,8 +76,10 @@ class HistoryFeed:
         return None if inner is None else HistoryFeed(inner, self.k)
 
     def around(self, source: DataFeed) -> HistoryFeed:
-        """The same history over ``source``, which the wrappers inside take first."""
-        return HistoryFeed(around(self.feed, source), self.k)
+        """The same history over ``source``, which the wrappers inside take first. ValueError: other observations."""
+        source = around(self.feed, source)
+        check_same_arrays(source, self._single_space)
+        return HistoryFeed(source, self.k)
 
     def export_state(self) -> dict[str, Array]:
         """What the feed inside has to save; a history ends with its episode."""

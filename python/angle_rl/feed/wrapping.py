@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+from gymnasium import spaces
+
 from angle_rl.feed.protocol import DataFeed
+from angle_rl.spaces import Space
 from angle_rl.types import Array
 
 
@@ -27,6 +30,25 @@ def around(feed: DataFeed, source: DataFeed) -> DataFeed:
     """``source`` within the wrappers that ``feed`` has, as they evaluate; itself where ``feed`` has none."""
     wrap = getattr(feed, "around", None)
     return source if wrap is None else cast("DataFeed", wrap(source))
+
+
+def leaves(tree: Any, name: str = "observations") -> dict[str, Any]:
+    """The arrays of batched observations, or the spaces of single ones, by names like "observations.camera"."""
+    if isinstance(tree, (dict, spaces.Dict)):
+        return {leaf: part for key in tree for leaf, part in leaves(tree[key], f"{name}.{key}").items()}
+    if isinstance(tree, (tuple, spaces.Tuple)):
+        return {leaf: part for i, member in enumerate(tree) for leaf, part in leaves(member, f"{name}.{i}").items()}
+    return {name: tree}
+
+
+def check_same_arrays(source: DataFeed, space: Space) -> None:
+    """ValueError where a feed's observations have other shapes or kinds of numbers than ``space`` has."""
+    there, here = _shapes(source.observation_space), _shapes(space)
+    if there != here:
+        raise ValueError(
+            f"{source.name} shows {source.observation_space}; what is to be evaluated was trained on {space} "
+            "(a feed to evaluate on is given without the training feed's wrappers)"
+        )
 
 
 def export_feed_state(feed: DataFeed) -> dict[str, Array]:
@@ -50,3 +72,7 @@ def unscaled_reward(feed: DataFeed, reward: Array) -> Array:
     """The rewards ``[n]`` of the feed's last step before it scaled them to ``reward``."""
     unscaled = getattr(feed, "unscaled_reward", None)
     return reward if unscaled is None else cast(Array, unscaled(reward))
+
+
+def _shapes(space: Space) -> dict[str, Any]:
+    return {name: (leaf.shape, leaf.dtype.kind) for name, leaf in leaves(space).items()}
