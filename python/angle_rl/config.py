@@ -94,6 +94,7 @@ class Hyperparameters:
     target_noise_clip: NotNegative = 0.5  # TD3, target noise is clipped to this either way, same unit
     double_q: bool = True  # DQN, the online network chooses the next action that the target network values
     dueling: bool = False  # DQN, value and advantages apart in the default network
+    observation_history: Count = 1  # newest observations that the agent sees, stacked on a new first axis
     replay: Literal["prioritized", "uniform"] = "prioritized"  # how transitions are drawn
     replay_capacity: Count = 1_000_000  # transitions kept; the oldest go first
     priority_exponent: NotNegative = 0.6  # prioritized: priority = (|td_error| + priority_epsilon) ** this
@@ -125,6 +126,8 @@ class Training:
     steps: Count = 8_000  # transitions to reach, of all environments; a resume counts on
     seed: Seed = 0  # decides everything random
     parallel_environments: Count = 1  # environments stepped together
+    normalize_observations: bool = False  # to mean 0 and variance 1, by what training has seen
+    normalize_rewards: bool = False  # to unit scale, by the discounted returns seen; evaluations stay unscaled
     evaluation_interval: Count | None = 2_000  # environment steps between evaluations; None: only the last
     evaluation_episodes: Count = 20  # whole episodes in each evaluation
     device: str = "cpu"  # the torch device that holds the networks
