@@ -26,7 +26,16 @@ from angle_rl.agents.td3 import TD3
 from angle_rl.config import AgentConfig, config_from_dict
 from angle_rl.episodes import Episodes
 from angle_rl.evaluation import Evaluation, check_device, interrupts, torch_threads, whole_episodes
-from angle_rl.feed import DataFeed, make_evaluation_feed, make_feed
+from angle_rl.feed import (
+    DataFeed,
+    around,
+    export_feed_state,
+    import_feed_state,
+    make_evaluation_feed,
+    make_feed,
+    unscaled_reward,
+    wrap_feed,
+)
 from angle_rl.types import Array, EnvironmentState, RandomKey, RLState
 
 AGENTS: dict[str, Callable[..., Agent]] = {
@@ -37,6 +46,7 @@ AGENTS: dict[str, Callable[..., Agent]] = {
     "dqn": DQN,
     "q_learning": QLearning,
 }
+FEED = "feed."  # before the names of the feed's arrays in a checkpoint
 
 
 class AgentTrainer:
@@ -52,7 +62,8 @@ class AgentTrainer:
             newest batch's observations and q values ``[critics, batch]``.
         agent: an Agent in place of the config's.
         q_future: ``f(target_critics, next_observations, next_actions)``; None: the target critics' minimum.
-        evaluation_feed: where `evaluate` runs, of one environment; None: one like the training's.
+        evaluation_feed: where `evaluate` runs, of one environment; None: one like the training's. It is wrapped
+            as the training's feed is (history, normalisation).
 
     Raises ValueError or TypeError where these contradict the config or one another.
     """
@@ -83,7 +94,13 @@ class AgentTrainer:
         self.agent: Agent = AGENTS[config.hyperparameters.agent](config, q_future) if agent is None else agent
         agent_key, self._feed_key, run_key, self._evaluation_key = RandomKey(config.training.seed).split(4)
         source = config.training.environment if feed is None else feed
-        self.feed = make_feed(source, num_environments=config.training.parallel_environments)
+        self.feed = wrap_feed(
+            make_feed(source, num_environments=config.training.parallel_environments),
+            observation_history=config.hyperparameters.observation_history,
+            normalize_observations=config.training.normalize_observations,
+            normalize_rewards=config.training.normalize_rewards,
+            discount=config.hyperparameters.discount,
+        )
         self._evaluation_source = evaluation_feed
         agent_state, _ = self.agent.init(
             agent_key,
@@ -307,7 +324,7 @@ class AgentTrainer:
     def _end_episodes(self, state: RLState, run: runs.Run, episodes: Episodes | None) -> RLState:
         """Count what the episodes gave. By steps, reset the agent for each that ended."""
         seen = state.environment_state
-        self._episode_returns += np.where(seen.stepped, seen.reward, 0.0)
+        self._episode_returns += np.where(seen.stepped, unscaled_reward(self.feed, seen.reward), 0.0)
         self._episode_lengths += seen.stepped
         for index in np.flatnonzero((seen.terminated | seen.truncated) & seen.stepped):
             episode_return, length = float(self._episode_returns[index]), int(self._episode_lengths[index])
@@ -418,7 +435,7 @@ class AgentTrainer:
         if not callable(getattr(self.policy, "sample_actions", None)):
             raise TypeError(f"{type(self.agent).__name__} has no policy with sample_actions to evaluate")
         source = self._evaluation_source
-        feed = make_evaluation_feed(self.feed) if source is None else make_feed(source)
+        feed = make_evaluation_feed(self.feed) if source is None else around(self.feed, make_feed(source))
         if feed is None:
             raise ValueError(f"no second {self.feed.name} can be made to evaluate on; pass evaluation_feed=")
         if feed.num_environments != 1:
@@ -466,7 +483,8 @@ class AgentTrainer:
     def load(self, path: str | Path) -> None:
         """Go on from a checkpoint, or from a run folder's newest one.
 
-        The networks, optimisers, replay, counters and random state come back; environments begin new episodes.
+        The networks, optimisers, replay, counters, the feed's statistics and the random state come back;
+        environments begin new episodes.
         ValueError where the checkpoint is damaged or does not fit; nothing changes then.
         """
         if not self._saves:
@@ -479,7 +497,14 @@ class AgentTrainer:
         agent: Any = self.agent
         if saved.get("agent") != type(agent).__name__:
             raise ValueError(f"{found} was saved by {saved.get('agent')}; the agent is {type(agent).__name__}")
-        agent.import_state(self._rl_state.agent_state, tensors, saved["agent_state"])
+        feed_state = {name: tensors.pop(name) for name in list(tensors) if name.startswith(FEED)}
+        before = export_feed_state(self.feed)
+        import_feed_state(self.feed, {name.removeprefix(FEED): tensor for name, tensor in feed_state.items()})
+        try:
+            agent.import_state(self._rl_state.agent_state, tensors, saved["agent_state"])
+        except BaseException:
+            import_feed_state(self.feed, before)
+            raise
         nothing_seen: Any = None
         self.steps = saved["steps"]
         self._rl_state = self._rl_state._replace(
@@ -512,6 +537,7 @@ class AgentTrainer:
     def _exported(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         agent: Any = self.agent
         tensors, values = agent.export_state(self._rl_state.agent_state)
+        tensors |= {FEED + name: torch.as_tensor(array) for name, array in export_feed_state(self.feed).items()}
         return tensors, {
             "agent": type(agent).__name__,
             "agent_state": values,
