@@ -4,8 +4,8 @@ A ``DataFeed`` runs ``n`` environments side by side; every array that it gives h
 for one environment. Observations of Dict and Tuple spaces are dicts and tuples of such arrays, in the dtypes
 of the space. What it gives is never overwritten later. All randomness comes from the keys it is handed:
 ``init`` and ``reset`` seed the environments, so the same key gives the same episodes. What an environment
-raises passes through untouched, and rewards are passed on as they come, finite or not. A feed belongs to one
-thread.
+raises passes through untouched (but see VectorFeed), and rewards are passed on as they come, finite or not.
+A feed belongs to one thread.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from angle_rl.feed.protocol import DataFeed
 from angle_rl.feed.single import GymnasiumFeed
 from angle_rl.feed.statistics import RunningStatistics
 from angle_rl.feed.vector import VectorFeed
+from angle_rl.feed.workers import VectorEnvironmentError
 from angle_rl.feed.wrapping import around, export_feed_state, import_feed_state, make_evaluation_feed, unscaled_reward
 from angle_rl.function_feed import FunctionFeed
 
@@ -27,6 +28,7 @@ __all__ = [
     "HistoryFeed",
     "NormalizedFeed",
     "RunningStatistics",
+    "VectorEnvironmentError",
     "VectorFeed",
     "around",
     "export_feed_state",

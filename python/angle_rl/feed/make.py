@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from angle_rl.feed.protocol import DataFeed, Environment
+from angle_rl.feed.protocol import DataFeed, Environment, environment_name
 from angle_rl.feed.single import GymnasiumFeed
 from angle_rl.feed.vector import VectorFeed
+from angle_rl.feed.workers import in_worker
 from angle_rl.function_feed import FunctionFeed, arguments
 
 
-def make_feed(source: Any, *, num_environments: int = 1, **options: Any) -> DataFeed:
+def make_feed(
+    source: Any, *, num_environments: int = 1, vectorization: Literal["sync", "async"] | None = None, **options: Any
+) -> DataFeed:
     """The feed of a source.
 
     ``source``: a registered id or ``EnvSpec`` (``num_environments`` copies; ``options`` go to
     ``gymnasium.make``), a class or zero-argument function making an ``Env`` (likewise; no options), an
     ``Env``, a ``VectorEnv``, a ``DataFeed``, or a transition function (``options`` are ``FunctionFeed``'s).
+    ``vectorization``, where environments are made: None steps them one after the other here; "sync" and "async"
+    make a Gymnasium SyncVectorEnv, or AsyncVectorEnv with a process each, which restart within the step.
     For a source that fixes its own number of environments, ``num_environments`` is 1 or that number.
     Raises ValueError or TypeError; for an unknown id it names the nearest registered ones.
     """
     if not isinstance(num_environments, int) or num_environments < 1:
         raise ValueError(f"num_environments is {num_environments!r}; at least 1 is needed")
+    if vectorization not in (None, "sync", "async"):
+        raise ValueError(f"vectorization is {vectorization!r}; it must be 'sync', 'async' or None")
     if isinstance(source, (str, EnvSpec)):
         name = source if isinstance(source, str) else source.id
-        return _feed_of(lambda: _make_registered(source, options), num_environments, name)
+        return _feed_of(lambda: _make_registered(source, options), num_environments, name, vectorization)
+    if vectorization is not None and not _makes(source, options):
+        raise TypeError(
+            f"vectorization is {vectorization!r}; it applies to an environment id or a function that makes "
+            f"environments, not to this {type(source).__name__}"
+        )
     if isinstance(source, (gymnasium.Env, VectorEnv, DataFeed)) and not isinstance(source, type):
         if options:
             raise TypeError(f"options {sorted(options)} do not apply to a {type(source).__name__} made already")
@@ -51,28 +63,40 @@ def make_feed(source: Any, *, num_environments: int = 1, **options: Any) -> Data
             f"source is a {type(source).__name__}; a feed is made of an environment id, an Env, a VectorEnv, "
             "a DataFeed or a function"
         )
-    if isinstance(source, type) or ("initial_observation" not in options and _makes_environments(source)):
+    if _makes(source, options):
         if options:
             raise TypeError(f"options {sorted(options)} do not apply to a function that makes environments")
-        return _feed_of(source, num_environments, None)
+        return _feed_of(source, num_environments, None, vectorization)
     return FunctionFeed(source, num_environments=num_environments, **options)
 
 
-def _feed_of(factory: Callable[[], Any], number: int, name: str | None) -> GymnasiumFeed:
+def _feed_of(factory: Callable[[], Any], number: int, name: str | None, vectorization: str | None) -> DataFeed:
+    def make() -> Environment:
+        environment = factory()
+        if not isinstance(environment, gymnasium.Env):
+            raise TypeError(f"source made a {type(environment).__name__}; a function of no arguments must make an Env")
+        return environment
+
+    if vectorization is not None:
+        if name is None:
+            name = _name_of_one(make)
+        kind: Any = AsyncVectorEnv if vectorization == "async" else SyncVectorEnv
+        made = in_worker(make) if vectorization == "async" else make
+        return VectorFeed(kind([made] * number, autoreset_mode=AutoresetMode.SAME_STEP), name=name, owned=True)
     environments: list[Environment] = []
     try:
-        for _ in range(number):
-            environment = factory()
-            if not isinstance(environment, gymnasium.Env):
-                raise TypeError(
-                    f"source made a {type(environment).__name__}; a function of no arguments must make an Env"
-                )
-            environments.append(environment)
-        return GymnasiumFeed(environments, name=name, factory=factory, owned=True)
+        environments.extend(make() for _ in range(number))
+        return GymnasiumFeed(environments, name=name, factory=make, owned=True)
     except BaseException:
         for environment in environments:
             environment.close()
         raise
+
+
+def _name_of_one(make: Callable[[], Environment]) -> str:
+    environment = make()
+    environment.close()
+    return environment_name(environment)
 
 
 def _make_registered(source: str | EnvSpec, options: Mapping[str, Any]) -> Environment:
@@ -89,6 +113,11 @@ def _make_registered(source: str | EnvSpec, options: Mapping[str, Any]) -> Envir
         raise ValueError(f"environment {source!r} cannot be made ({error}); {hint}") from error
 
 
-def _makes_environments(function: Callable[..., Any]) -> bool:
-    required, _, variadic = arguments(function)
-    return required == 0 and not variadic
+def _makes(source: Any, options: Mapping[str, Any]) -> bool:
+    """Whether it is a class or a function that makes environments."""
+    if isinstance(source, type):
+        return True
+    if isinstance(source, (gymnasium.Env, VectorEnv, DataFeed)) or not callable(source):
+        return False
+    required, _, variadic = arguments(source)
+    return "initial_observation" not in options and required == 0 and not variadic

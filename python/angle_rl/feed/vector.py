@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.vector import VectorEnv
 
+from angle_rl.feed import workers
 from angle_rl.feed.protocol import DataFeed, Step, environment_name
 from angle_rl.feed.single import GymnasiumFeed
 from angle_rl.spaces import (
@@ -33,6 +34,10 @@ class VectorFeed:
     successor is taken from ``infos["final_obs"]``. DISABLED: ended rows are reset here, with
     ``options={"reset_mask": …}``. Another mode, or none, is refused with a ValueError. ``owned``: ``close``
     closes the environment.
+
+    Where one environment of a SyncVectorEnv or AsyncVectorEnv raises, or the process of one dies, all of them are
+    closed and no process is left, also where ``owned`` is False, and VectorEnvironmentError names the environment
+    and what it raised. What another kind of vector environment raises passes through untouched.
     """
 
     def __init__(self, environment: VectorEnv[Any, Any, Any], *, name: str | None = None, owned: bool = False) -> None:
@@ -50,11 +55,12 @@ class VectorFeed:
         self.name = name or environment_name(environment)
         self._environment = environment
         self._owned = owned
+        workers.watch(environment)
 
     def init(self, random_key: RandomKey) -> Step:
         """Seed and reset all of them; the environment derives the single seeds from one."""
         key, random_key = random_key.split(2)
-        observation, _ = self._environment.reset(seed=key.seed())
+        observation, _ = self._call(self._environment.reset, seed=key.seed())
         observation = to_batch(self.observation_space, observation, self.num_environments)
         return reset_state(observation, self.num_environments), random_key
 
@@ -66,7 +72,7 @@ class VectorFeed:
         """See ``DataFeed.step``. The key is returned unused."""
         n, space = self.num_environments, self.observation_space
         actions = to_array(self.action_space, actions, "actions", (n,))
-        observation, reward, terminations, truncations, infos = self._environment.step(actions)
+        observation, reward, terminations, truncations, infos = self._call(self._environment.step, actions)
         observation = to_batch(space, observation, n)
         rewards = to_vector(reward, np.float64, n, "rewards")
         terminated = to_vector(terminations, np.bool_, n, "terminations")
@@ -85,7 +91,7 @@ class VectorFeed:
                 if self._mode == "SameStep":
                     final = with_rows(space, observation, _final_rows(infos, rows))
                 else:
-                    first, _ = self._environment.reset(options={"reset_mask": ended.copy()})
+                    first, _ = self._call(self._environment.reset, options={"reset_mask": ended.copy()})
                     observation = with_rows(space, final, {index: row_of(first, index) for index in rows})
         return EnvironmentState(observation, rewards, terminated, truncated, final, stepped), random_key
 
@@ -114,8 +120,18 @@ class VectorFeed:
     def close(self) -> None:
         """Close the environment if the feed made it; one that it was given stays open."""
         if self._owned:
-            self._environment.close()
+            workers.close(self._environment)
             self._owned = False
+
+    def _call(self, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """What the environment's method returns. See the class for what is raised."""
+        try:
+            return method(*arguments, **named)
+        except (Exception, KeyboardInterrupt) as error:
+            failed = workers.failure(self._environment, self.name, error)
+            if failed is None:
+                raise
+            raise failed from error
 
 
 def _final_rows(infos: Mapping[str, Any], rows: Sequence[int]) -> dict[int, Any]:
