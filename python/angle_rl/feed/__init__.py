@@ -1,4 +1,4 @@
-"""Where transitions come from: Gymnasium environments, single or vectorised, or a function.
+"""Where transitions come from: Gymnasium environments, single or vectorised, a function, or a data set.
 
 A ``DataFeed`` runs ``n`` environments side by side; every array that it gives has a leading axis ``n``, also
 for one environment. Observations of Dict and Tuple spaces are dicts and tuples of such arrays, in the dtypes
@@ -10,6 +10,7 @@ A feed belongs to one thread.
 
 from __future__ import annotations
 
+from angle_rl.feed.dataset import DatasetFeed, offline
 from angle_rl.feed.history import HistoryFeed
 from angle_rl.feed.make import make_feed
 from angle_rl.feed.normalize import NormalizedFeed, wrap_feed
@@ -23,6 +24,7 @@ from angle_rl.function_feed import FunctionFeed
 
 __all__ = [
     "DataFeed",
+    "DatasetFeed",
     "FunctionFeed",
     "GymnasiumFeed",
     "HistoryFeed",
@@ -35,6 +37,7 @@ __all__ = [
     "import_feed_state",
     "make_evaluation_feed",
     "make_feed",
+    "offline",
     "unscaled_reward",
     "wrap_feed",
 ]
