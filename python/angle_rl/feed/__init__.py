@@ -11,6 +11,7 @@ A feed belongs to one thread.
 from __future__ import annotations
 
 from angle_rl.feed.dataset import DatasetFeed, offline
+from angle_rl.feed.envpool import EnvPoolFeed
 from angle_rl.feed.history import HistoryFeed
 from angle_rl.feed.make import make_feed
 from angle_rl.feed.normalize import NormalizedFeed, wrap_feed
@@ -25,6 +26,7 @@ from angle_rl.function_feed import FunctionFeed
 __all__ = [
     "DataFeed",
     "DatasetFeed",
+    "EnvPoolFeed",
     "FunctionFeed",
     "GymnasiumFeed",
     "HistoryFeed",
