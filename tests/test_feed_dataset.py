@@ -267,6 +267,19 @@ def test_an_agent_that_acts_by_itself_is_stopped(tmp_path):
         AgentTrainer(config, feed).train()
 
 
+def test_a_reset_goes_on_where_the_data_set_stands():
+    feed = DatasetFeed(recorded(), action_space=BOX)
+    state, key = feed.init(RandomKey(0))
+    for episode in range(3):
+        while not (state.terminated | state.truncated)[0]:
+            state, key = feed.step(key, state, feed.recorded_actions)
+        state, key = feed.reset(key, state)
+        assert state.observation[0].tolist() == [episode + 1, 0]
+        assert not state.stepped[0]
+    state, _ = feed.init(key)
+    assert state.observation[0].tolist() == [0, 0]
+
+
 def test_a_history_of_a_data_set():
     feed = DatasetFeed(recorded(), action_space=BOX)
     history = HistoryFeed(feed, 2)

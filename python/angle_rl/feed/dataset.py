@@ -145,13 +145,15 @@ class DatasetFeed:
         return recorded
 
     def init(self, random_key: RandomKey) -> Step:
-        """Begin every part anew."""
+        """Begin every part with its first row."""
         self._position = 0
         return reset_state(row_of(self._observations, self._rows()), self.num_environments), random_key
 
     def reset(self, random_key: RandomKey, environment_state: EnvironmentState) -> Step:
-        """As ``init``."""
-        return self.init(random_key)
+        """Go on where every part stands: an episode of its own begins there. After an episode of one part has ended,
+        that is the next one; of several parts, run by episodes, rows are passed over while the longest episode ends.
+        """
+        return reset_state(row_of(self._observations, self._rows()), self.num_environments), random_key
 
     def step(self, random_key: RandomKey, environment_state: EnvironmentState, actions: Array) -> Step:
         """See ``DataFeed.step``. A part that is through while a longer one is not does not step.
