@@ -132,6 +132,27 @@ def test_a_history_reaches_policy_and_replay(tmp_path):
     assert torch.equal(batch.observations[:, 1:], batch.next_observations[:, :-1])
 
 
+def test_by_episodes_environments_that_have_ended_are_not_counted(tmp_path):
+    def walk(observation, action, time_step):  # the first environment's episodes take 3 steps, the other's 10
+        ended = time_step + 1 >= np.where(observation[:, 0] > 100, 3, 10)
+        return observation, np.ones(len(observation)), ended
+
+    firsts = iter([101.0, 99.0] * 1000)
+    feed = FunctionFeed(
+        walk,
+        initial_observation=lambda: np.array([next(firsts)], np.float32),
+        observation_space=spaces.Box(-np.inf, np.inf, (1,), np.float32),
+        action_space=BOX,
+        batched=True,
+        num_environments=2,
+    )
+    trainer = AgentTrainer(small(tmp_path, parallel_environments=2, **BOTH), feed)
+    trainer.train(num_episodes=1)
+    assert trainer.steps == 13
+    # And once more the first, in the step after its end, before the state says that it stands still.
+    assert trainer.feed.statistics["observations"].count == trainer.feed.statistics["rewards"].count == 14
+
+
 def test_the_options_are_checked():
     with pytest.raises(ValueError, match="observation_history is 0"):
         Hyperparameters(observation_history=0)

@@ -36,7 +36,8 @@ class NormalizedFeed:
     ``observations``: every Box of floats, also within Dict and Tuple, gives ``(x - mean) / sqrt(variance +
     1e-8)`` as float32, clipped to ``[-observation_clip, observation_clip]``. Discrete observations and
     whole-number Boxes (images) pass as they are. Counted are the observations in which an action was taken
-    that stepped: once each, the first of an episode too, whatever the environment's way to restart.
+    that stepped: once each, the first of an episode too, whatever the environment's way to restart. (In a run by
+    episodes, an environment that ended before the others is counted once more, in its next first observation.)
     ``rewards``: ``r / sqrt(variance of R + 1e-8)`` in float64, clipped to ``[-reward_clip, reward_clip]``, where
     ``R <- discount * R + r`` runs within each episode of each environment. The mean is not taken off, which would
     reward or punish a long life. What is not finite is not counted, and such a reward is handed on as it is.
@@ -101,12 +102,16 @@ class NormalizedFeed:
         """See ``DataFeed.step``. RuntimeError before ``init``."""
         before = self._last()
         seen, random_key = self.feed.step(random_key, before, actions)
+        # Where a state keeps the flags of an episode's end without having stepped, its caller lets it stand still.
+        counted = seen.stepped & (
+            environment_state.stepped | ~(environment_state.terminated | environment_state.truncated)
+        )
         if not self.frozen:
             for name, leaf in leaves(before.observation).items():
                 if name in self._statistics:
-                    self._statistics[name].count_rows(leaf[seen.stepped])
+                    self._statistics[name].count_rows(leaf[counted])
         self._raw = seen
-        return self._normalized(seen, self._scaled(seen)), random_key
+        return self._normalized(seen, self._scaled(seen, counted)), random_key
 
     @property
     def statistics(self) -> dict[str, RunningStatistics]:
@@ -175,14 +180,14 @@ class NormalizedFeed:
             raise RuntimeError("the feed has not begun; call init first")
         return self._raw
 
-    def _scaled(self, seen: EnvironmentState) -> Array:
-        """The step's rewards, scaled, after their returns were counted."""
+    def _scaled(self, seen: EnvironmentState, counted: Array) -> Array:
+        """The step's rewards, scaled, after the returns of the rows ``counted`` were."""
         if self._returns is None:
             return seen.reward
         finite = seen.stepped & np.isfinite(seen.reward)
         running = np.where(finite, self._discount * self._running_returns + seen.reward, self._running_returns)
         if not self.frozen:
-            self._returns.count_rows(running[finite])
+            self._returns.count_rows(running[finite & counted])
         self._running_returns = np.where(seen.terminated | seen.truncated | ~seen.stepped, 0.0, running)
         scaled = seen.reward / math.sqrt(float(self._returns.variance) + _EPSILON)
         if self._reward_clip is not None:
