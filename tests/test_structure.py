@@ -28,6 +28,7 @@ FLOORS = [
     ["models", "encoders"],
     ["function_feed"],
     ["feed"],
+    ["feed_checks"],
     ["envs"],
     ["runs"],
     ["engines"],
