@@ -42,6 +42,10 @@ class NormalizedFeed:
     ``R <- discount * R + r`` runs within each episode of each environment. The mean is not taken off, which would
     reward or punish a long life. What is not finite is not counted, and such a reward is handed on as it is.
 
+    What was handed out is not normalised anew when the statistics move on, so a replay holds rows of earlier
+    statistics. They settle as 1 / count; where what is seen changes much while the policy learns, learning is slower
+    than without. A learned entropy coefficient starts large beside rewards of unit scale: give a small one.
+
     ``observation_clip``, ``reward_clip``: > 0, or None for none. ``discount`` lies in [0, 1]. ``frozen``: the
     statistics do not change. ``export_state`` and ``import_state`` save and restore them;
     ``evaluation_feed`` and ``around`` give a feed with a frozen copy of them and the rewards as they are.
