@@ -313,9 +313,9 @@ def test_transitions_not_yet_learned_from_are_saved_too():
     agent, state = made()
     before, after = seen([0, 1]), seen([2, 3], reward=[1.5, -2.0], terminated=[True, False])
     old = RLState(state, before, RandomKey(0), 0, 0, None)
-    recorded = agent.record_observation(
-        old, np.array([1, 0]), after.reward, after.terminated, old._replace(environment_state=after)
-    )
+    following = old._replace(environment_state=after)
+    for _ in range(2):
+        recorded = agent.record_observation(old, np.array([1, 0]), after.reward, after.terminated, following)
     tensors, values = agent.export_state(state)
     other_agent, other = made()
     other_agent.import_state(other, {name: t.clone() for name, t in tensors.items()}, values)
@@ -323,7 +323,7 @@ def test_transitions_not_yet_learned_from_are_saved_too():
     other_agent.optimize_model(recorded._replace(agent_state=other))
     assert torch.equal(other.policy.table, state.policy.table)
     assert state.policy.table.abs().sum() > 0
-    assert (other.steps, other.updates) == (state.steps, state.updates) == (2, 2)
+    assert (other.steps, other.updates) == (state.steps, state.updates) == (4, 4)
 
 
 def test_an_import_that_does_not_fit_changes_nothing():
