@@ -35,6 +35,7 @@ FLOORS = [
     ["agents"],
     ["episodes", "evaluation"],
     ["trainer"],
+    ["testing"],
     ["bench"],
     ["cli"],
 ]
