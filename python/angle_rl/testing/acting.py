@@ -6,7 +6,9 @@ where, or `NotApplicableError` with the reason why it says nothing about this ag
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,53 @@ def require_state_and_key(name: str, given: Any) -> None:
         raise BrokenError(f"{name} returned {shortly(given)}; it must return (agent_state, RandomKey)")
 
 
+# Actions ----------
+
+
+def require_actions_and_state(name: str, given: Any) -> None:
+    """BrokenError unless `given` is a pair whose second is an RLState."""
+    if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[1], RLState):
+        raise BrokenError(f"{name} returned {shortly(given)}; it must return (actions, RLState)")
+
+
+def actions_lie_in_the_space(kit: Kit) -> None:
+    """select_action gives a NumPy array [n, *action_shape] of the space's kind of dtype, each row in the space."""
+    space, n = kit.feed.action_space, kit.feed.num_environments
+    dtype: np.dtype[Any] = np.dtype(space.dtype)
+
+    def watch(name: str, run: Run, arguments: tuple[Any, ...]) -> Finish | None:
+        if name != "select_action":
+            return None
+
+        def finish(result: Any) -> None:
+            where = f"select_action after {run.steps} steps"
+            require_actions_and_state(where, result)
+            actions = result[0]
+            if not isinstance(actions, np.ndarray):
+                raise BrokenError(f"{where} gave {shortly(actions)}; actions are a NumPy array")
+            shape = (n, *(space.shape or ()))
+            if actions.shape != shape:
+                raise BrokenError(f"{where} gave actions of shape {list(actions.shape)}; {list(shape)} is due")
+            if actions.dtype.kind != dtype.kind and {actions.dtype.kind, dtype.kind} != {"i", "u"}:
+                raise BrokenError(f"{where} gave actions of dtype {actions.dtype}; {space} needs {dtype}")
+            for index in range(n):
+                if not contains(space, actions[index]):
+                    raise BrokenError(f"{where} gave environment {index} the action {actions[index]}, not in {space}")
+
+        return finish
+
+    kit.run(watch=watch).advance(kit.steps)
+
+
+def contains(space: Any, action: Any) -> bool:
+    """Whether an action lies in a space; floats may pass a bound by what float32 rounds off."""
+    if np.dtype(space.dtype).kind != "f":
+        return bool(space.contains(np.asarray(action, space.dtype)[()]))
+    low, high = np.float64(space.low), np.float64(space.high)
+    slack = 1e-6 * np.maximum(1.0, np.maximum(*(np.abs(np.where(np.isfinite(b), b, 0)) for b in (low, high))))
+    return bool(((action >= low - slack) & (action <= high + slack)).all())
+
+
 # Pass-through ----------
 
 
@@ -89,8 +138,7 @@ def passes_the_state_through(kit: Kit) -> None:
             if name == "reset":
                 return require_state_and_key(where, result)
             if name == "select_action":
-                if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], RLState):
-                    raise BrokenError(f"{where} returned {shortly(result)}; it must return (actions, RLState)")
+                require_actions_and_state(where, result)
                 result = result[1]
             if not isinstance(result, RLState):
                 raise BrokenError(f"{where} returned {shortly(result)}; it must return an RLState")
@@ -133,42 +181,6 @@ def require_next_state(
             f"{where} returned its first argument although it recorded: agent_state's {recorded} (before and after); "
             "an agent that records returns next_rl_state with its new agent_state"
         )
-
-
-def actions_lie_in_the_space(kit: Kit) -> None:
-    """select_action gives a NumPy array [n, *action_shape] of the space's kind of dtype, each row in the space."""
-    space, n = kit.feed.action_space, kit.feed.num_environments
-    dtype: np.dtype[Any] = np.dtype(space.dtype)
-
-    def watch(name: str, run: Run, arguments: tuple[Any, ...]) -> Finish | None:
-        if name != "select_action":
-            return None
-
-        def finish(result: Any) -> None:
-            actions, where = result[0], f"select_action after {run.steps} steps"
-            if not isinstance(actions, np.ndarray):
-                raise BrokenError(f"{where} gave {shortly(actions)}; actions are a NumPy array")
-            shape = (n, *(space.shape or ()))
-            if actions.shape != shape:
-                raise BrokenError(f"{where} gave actions of shape {list(actions.shape)}; {list(shape)} is due")
-            if actions.dtype.kind != dtype.kind and {actions.dtype.kind, dtype.kind} != {"i", "u"}:
-                raise BrokenError(f"{where} gave actions of dtype {actions.dtype}; {space} needs {dtype}")
-            for index in range(n):
-                if not contains(space, actions[index]):
-                    raise BrokenError(f"{where} gave environment {index} the action {actions[index]}, not in {space}")
-
-        return finish
-
-    kit.run(watch=watch).advance(kit.steps)
-
-
-def contains(space: Any, action: Any) -> bool:
-    """Whether an action lies in a space; floats may pass a bound by what float32 rounds off."""
-    if np.dtype(space.dtype).kind != "f":
-        return bool(space.contains(np.asarray(action, space.dtype)[()]))
-    low, high = np.float64(space.low), np.float64(space.high)
-    slack = 1e-6 * np.maximum(1.0, np.maximum(*(np.abs(np.where(np.isfinite(b), b, 0)) for b in (low, high))))
-    return bool(((action >= low - slack) & (action <= high + slack)).all())
 
 
 # Keys ----------
@@ -215,6 +227,7 @@ def gives_the_same_for_the_same_key(kit: Kit) -> None:
 def uses_each_key_once(kit: Kit) -> None:
     """Where what a callback gives depends on the key that it was passed, it gives back another key."""
     kit.require_fresh_agents()
+    _ = kit.learned_exports  # has a run of its own, and the feed serves one at a time
     for steps in (0, kit.steps):
         first, second = (_after_a_key(kit, steps, RandomKey(value)) for value in (1, 2))
         for name, (kept, gave) in first.items():
@@ -231,18 +244,18 @@ def _after_a_key(kit: Kit, steps: int, key: RandomKey) -> dict[str, tuple[bool, 
     for name in ("select_action", "optimize_model", "reset"):
         run = kit.run()
         run.advance(steps)
-        gave: Any = None
         if name == "optimize_model":
             run.record(run.select())
         run.state = run.state._replace(random_key=key)
         if name == "select_action":
-            gave = run.select()
+            gave = contents({"actions": run.select()})
         elif name == "optimize_model":
             run.optimize()
+            gave = kit.learned(run, run.state.agent_state)
         else:
             run.reset()
-        gave = run.state.agent_state if gave is None else {"actions": gave}
-        found[name] = (run.state.random_key == key, contents(gave))
+            gave = contents(run.state.agent_state)
+        found[name] = (run.state.random_key == key, gave)
     return found
 
 
@@ -250,27 +263,31 @@ def _after_a_key(kit: Kit, steps: int, key: RandomKey) -> dict[str, tuple[bool, 
 
 
 def rows_do_not_mix(kit: Kit) -> None:
-    """Another observation in environment 0 changes no other environment's action (same state, same key)."""
+    """Other observations in all other environments do not change an environment's action (same state, same key)."""
     kit.require_fresh_agents()
     n, space = kit.feed.num_environments, kit.feed.observation_space
     if n < 2:
         raise NotApplicableError(f"the feed has {n} environment")
     for steps in (0, kit.steps):
-        actions = []
-        for changed in (False, True):
-            run = kit.run()
-            run.advance(steps)
-            if changed:
-                seen = run.state.environment_state
-                other = replaced(seen.observation, draw(space, n, RandomKey(steps)), np.arange(n) == 0)
-                run.state = run.state._replace(environment_state=seen._replace(observation=other))
-            actions.append(run.select())
-        for index in range(1, n):
-            if not close(actions[0][index], actions[1][index]):
+        actions = [_actions_with(kit, steps, lambda observation: observation)]
+        for kept in range(min(n, 3)):
+            other, rows = draw(space, n, RandomKey(steps).split(3)[kept]), np.arange(n) != kept
+            change = functools.partial(replaced, other=other, rows=rows)
+            actions.append(_actions_with(kit, steps, change))
+            if not close(actions[0][kept], actions[-1][kept]):
                 raise BrokenError(
-                    f"after {steps} steps another observation in environment 0 changes environment {index}'s action "
-                    f"from {actions[0][index]} to {actions[1][index]}"
+                    f"after {steps} steps other observations in the other environments change environment {kept}'s "
+                    f"action from {actions[0][kept]} to {actions[-1][kept]}"
                 )
+
+
+def _actions_with(kit: Kit, steps: int, change: Callable[[Any], Any]) -> Array:
+    """The actions after so many steps if the newest observations are changed."""
+    run = kit.run()
+    run.advance(steps)
+    seen = run.state.environment_state
+    run.state = run.state._replace(environment_state=seen._replace(observation=change(seen.observation)))
+    return run.select()
 
 
 def batched_actions_equal_single_ones(kit: Kit) -> None:

@@ -72,6 +72,8 @@ def _parts(value: Any, kind: str) -> tuple[str, list[tuple[Any, Any]]]:
         return kind, [("generator", value.getstate())]
     if isinstance(value, Mapping):
         return kind, list(value.items())
+    if isinstance(value, tuple) and len(value) > 16 and all(type(part) is int for part in value):
+        return kind, [("members", repr(value))]  # the state of a generator of `random`
     if isinstance(value, AbstractSet):
         return kind, [("members", tuple(sorted(repr(member) for member in value)))]
     if isinstance(value, tuple) and hasattr(value, "_fields"):

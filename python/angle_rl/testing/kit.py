@@ -80,9 +80,10 @@ class Kit:
         return frozenset(names)
 
     def learned(self, run: Run, agent_state: Any) -> Contents:
-        """Parameters, optimisers, replay, and what optimize_model changes among the exported arrays."""
+        """Replay, parameters, optimisers, and what optimize_model changes among the exported arrays."""
         exports = exported_floats(run.agent, agent_state)
-        found = of_kind(contents(agent_state), "parameter", "optimizer", "replay")
+        everything = contents(agent_state)
+        found = of_kind(everything, "replay") | of_kind(everything, "parameter", "optimizer")
         return found | {
             f"export_state {name}": Leaf("other", exports[name]) for name in self.learned_exports & {*exports}
         }

@@ -148,7 +148,7 @@ class Run:
     def step(self) -> Array:
         """One step of everything; returns the actions."""
         actions = self.select()
-        self.record(actions)
+        self.record(actions.copy())  # an agent that writes into them is found by a check of its own
         self.optimize()
         seen = self.state.environment_state
         for _ in np.flatnonzero((seen.terminated | seen.truncated) & seen.stepped):
@@ -160,7 +160,7 @@ class Run:
     def select(self) -> Array:
         """`select_action`; returns a copy of the actions."""
         actions, self.state = self._call("select_action", self.state, self.state.iteration)
-        return np.array(actions)
+        return actions.copy() if isinstance(actions, np.ndarray) else np.asarray(actions)
 
     def record(self, actions: Array) -> None:
         """The feed's step and `record_observation`, of whose result the agent_state counts."""

@@ -1,0 +1,753 @@
+"""The conformance kit: agents that keep the contract pass, and each way of breaking it is caught by its own check."""
+
+import inspect
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+import angle_rl.testing
+from angle_rl.agents import SAC, TD3
+from angle_rl.agents.noise import seeded_torch
+from angle_rl.config import AgentConfig, Hyperparameters
+from angle_rl.feed import FunctionFeed
+from angle_rl.models import SquashedGaussianPolicy
+from angle_rl.replay import ReplayBuffer
+from angle_rl.testing import CHECKS, AgentReport, CheckFeed, ConformanceError, check_agent
+from angle_rl.testing.contents import contents, difference, find_replay
+from angle_rl.testing.kit import BrokenError
+from angle_rl.testing.probe import draw
+from angle_rl.types import RandomKey
+
+NAMES = tuple(check.__name__ for check in CHECKS)
+FOUR = spaces.Discrete(4, start=1)
+
+
+def small(agent, **hyperparameters):
+    return AgentConfig(
+        hyperparameters=Hyperparameters(
+            agent=agent.__name__.lower(),
+            **{"hidden_sizes": (8,), "batch_size": 4, "learning_starts": 12, "replay_capacity": 500}
+            | {"updates_per_step": 0.25}
+            | hyperparameters,
+        )
+    )
+
+
+# Agents that keep the contract --------------------------------------------------------------------------------
+
+
+class CrossEntropy:
+    """The cross-entropy method over linear policies: each environment tries one, the best eighth make the next."""
+
+    def init(self, random_key, *, observation_space, action_space, **options):
+        size = (observation_space.shape[0] + 1) * action_space.shape[0]
+        state = {"mean": np.zeros(size), "std": np.ones(size), "scores": np.zeros(0), "tried": np.zeros((0, size))}
+        self.low, self.high = action_space.low, action_space.high
+        return state, random_key.split(1)[0]
+
+    def reset(self, random_key, rl_state):
+        key, random_key = random_key.split(2)
+        state, seen = dict(rl_state.agent_state), rl_state.environment_state
+        new = (seen.terminated | seen.truncated) if seen.stepped.any() else np.ones(len(seen.reward), bool)
+        drawn = state["mean"] + state["std"] * key.normal(len(new), len(state["mean"])).numpy()
+        state["trying"] = np.where(new[:, None], drawn, state.get("trying", drawn))
+        state["returns"] = np.where(new, 0.0, state.get("returns", np.zeros(len(new))))
+        return state, random_key
+
+    def select_action(self, rl_state, iteration):
+        rows = rl_state.environment_state.observation
+        weights = rl_state.agent_state["trying"].reshape(len(rows), -1, rows.shape[1] + 1)
+        values = np.einsum("nai,ni->na", weights[:, :, :-1], rows) + weights[:, :, -1]
+        return np.clip(values, self.low, self.high).astype(np.float32), rl_state
+
+    def record_observation(self, rl_state, action, reward, terminated, next_rl_state):
+        state = dict(next_rl_state.agent_state)
+        state["returns"] = state["returns"] + np.where(next_rl_state.environment_state.stepped, reward, 0.0)
+        return next_rl_state._replace(agent_state=state)
+
+    def optimize_model(self, rl_state):
+        state, seen = dict(rl_state.agent_state), rl_state.environment_state
+        ended = seen.terminated | seen.truncated
+        state["scores"] = np.concatenate([state["scores"], state["returns"][ended]])
+        state["tried"] = np.concatenate([state["tried"], state["trying"][ended]])
+        if len(state["scores"]) >= 8:
+            best = state["tried"][np.argsort(state["scores"])[-len(state["scores"]) // 4 :]]
+            state["mean"], state["std"] = best.mean(0), best.std(0) + 0.05
+            state["scores"], state["tried"] = state["scores"][:0], state["tried"][:0]
+        return rl_state._replace(agent_state=state)
+
+    def export_state(self, state):
+        return {name: torch.as_tensor(state[name]) for name in ("mean", "std", "scores", "tried")}, {}
+
+    def import_state(self, state, tensors, values):
+        state.update({name: tensor.numpy().copy() for name, tensor in tensors.items()})
+
+
+class DiscreteState:
+    """What `LinearQ` learns and counts; no policy."""
+
+
+class LinearQ:
+    """Q-learning with a linear network, a replay and an epsilon that falls: what the broken agents are made from."""
+
+    class config:
+        class hyperparameters:
+            learning_starts = 12
+
+    def init(self, random_key, *, observation_space, action_space, replay=None, **options):
+        network_key, replay_key, random_key = random_key.split(3)
+        state = DiscreteState()
+        with seeded_torch(network_key, torch.device("cpu")):
+            state.network = torch.nn.Linear(observation_space.shape[0], int(action_space.n))
+        state.optimizer = torch.optim.Adam(state.network.parameters(), 0.01)
+        state.replay = ReplayBuffer(
+            200, observation_space=observation_space, action_space=action_space, seed=replay_key.seed()
+        )
+        state.steps, state.start = 0, int(action_space.start)
+        return state, random_key
+
+    def reset(self, random_key, rl_state):
+        return rl_state.agent_state, random_key
+
+    def select_action(self, rl_state, iteration):
+        state, observations = rl_state.agent_state, rl_state.environment_state.observation
+        explore_key, action_key, random_key = rl_state.random_key.split(3)
+        n = len(observations)
+        with torch.no_grad():
+            greedy = state.network(torch.as_tensor(observations)).argmax(1)
+        some = (action_key.uniform(n) * 4).long()
+        actions = torch.where(explore_key.uniform(n) < self.epsilon(state), some, greedy) + state.start
+        return actions.numpy(), rl_state._replace(random_key=random_key)
+
+    def epsilon(self, state):
+        return max(0.1, 1 - state.steps / 100)
+
+    def record_observation(self, rl_state, action, reward, terminated, next_rl_state):
+        before, after = rl_state.environment_state, next_rl_state.environment_state
+        self.insert(rl_state.agent_state, before, action, reward, terminated, after, np.flatnonzero(after.stepped))
+        return next_rl_state
+
+    def insert(self, state, before, action, reward, terminated, after, rows):
+        arrays = (before.observation, action, reward, after.final_observation, terminated, after.truncated)
+        if len(rows):
+            state.replay.insert(*(array[rows] for array in arrays), streams=rows)
+            state.steps += len(rows)
+
+    def optimize_model(self, rl_state):
+        state = rl_state.agent_state
+        if state.steps > self.config.hyperparameters.learning_starts:
+            self.update(state, state.replay.sample(8))
+        return rl_state
+
+    def update(self, state, batch):
+        with torch.no_grad():
+            target = batch.rewards + batch.discounts * state.network(batch.next_observations).max(1).values
+        q = state.network(batch.observations).gather(1, (batch.actions - state.start)[:, None]).squeeze(1)
+        state.optimizer.zero_grad()
+        (q - target).square().mean().backward()
+        state.optimizer.step()
+
+    def export_state(self, state):
+        tensors = dict(state.network.state_dict())
+        for index, slots in state.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizers.{index}.{slot}": tensor for slot, tensor in slots.items()}
+        arrays, facts = state.replay.export_state()
+        tensors |= {f"replay.{name}": torch.as_tensor(array) for name, array in arrays.items()}
+        return tensors, {"replay": facts, "steps": state.steps}
+
+    def import_state(self, state, tensors, values):
+        state.network.load_state_dict({name: tensors[name] for name in ("weight", "bias")})
+        slots = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizers."):
+                _, index, slot = name.split(".")
+                slots.setdefault(int(index), {})[slot] = tensor.clone()
+        groups = state.optimizer.state_dict()["param_groups"]
+        state.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        parts = {name: tensors[f"replay.{name}"].numpy() for name in ("header", "index", "records")}
+        state.replay.import_state(parts, values["replay"])
+        state.steps = values["steps"]
+
+
+def check_discrete(agent, **options):
+    return check_agent(agent, action_space=FOUR, **options)
+
+
+@pytest.mark.parametrize("agent", [SAC, TD3])
+def test_the_own_agents_pass_every_check(agent):
+    report = check_agent(agent, config=small(agent))
+    assert report == AgentReport(passed=NAMES, not_applicable={})
+
+
+@pytest.mark.parametrize("replay", ["uniform", "prioritized"])
+def test_n_step_and_both_replays_pass(replay):
+    report = check_agent(SAC, config=small(SAC, replay=replay, n_step=3), num_environments=2)
+    assert report.passed == NAMES
+
+
+def test_a_sixth_agent_of_less_than_a_page_passes():
+    assert len(inspect.getsource(CrossEntropy).splitlines()) < 60
+    report = check_agent(CrossEntropy, steps=40)
+    assert set(report.not_applicable) == {
+        "batched_actions_equal_single_ones",  # no policy
+        "records_what_happened",  # no replay
+        "waits_for_learning_starts",
+    }
+    assert set(report.passed) == set(NAMES) - set(report.not_applicable)
+    assert "no policy" in report.not_applicable["batched_actions_equal_single_ones"]
+
+
+def test_an_agent_with_discrete_actions_and_no_policy_passes():
+    report = check_discrete(LinearQ)
+    assert set(report.not_applicable) == {"batched_actions_equal_single_ones"}
+
+
+@pytest.mark.parametrize(
+    "agent",
+    [LinearQ, LinearQ(), lambda: LinearQ()],
+    ids=["class", "agent", "function"],
+)
+def test_an_agent_comes_as_a_class_a_function_or_itself(agent):
+    assert len(check_discrete(agent).passed) == len(NAMES) - 1
+
+
+def test_an_agent_that_cannot_be_copied_is_checked_as_far_as_one_agent_goes():
+    class Held(LinearQ):
+        def __init__(self):
+            self.file = (line for line in ())
+
+    report = check_discrete(Held())
+    alone = {"gives_the_same_for_the_same_key", "uses_each_key_once", "saves_and_restores", "rows_do_not_mix"}
+    assert alone < set(report.not_applicable)
+    assert "cannot be copied" in report.not_applicable["rows_do_not_mix"]
+    assert "reset_keeps_what_was_learned" in report.passed
+
+
+def test_a_feed_of_ones_own_is_run_instead():
+    feed = FunctionFeed(
+        lambda observation, action: (0.9 * observation, float(action) / 4),
+        initial_observation=lambda key: key.normal(3).numpy(),
+        observation_space=spaces.Box(-np.inf, np.inf, (3,), np.float32),
+        action_space=FOUR,
+        step_limit=4,
+    )
+    report = check_agent(LinearQ, feed)
+    assert "stepped in each" in report.not_applicable["ignores_rows_that_did_not_step"]
+    assert "1 environment" in report.not_applicable["rows_do_not_mix"]
+    assert "records_what_happened" in report.passed
+
+
+def test_the_global_generators_are_left_as_they_were():
+    before = contents({"random": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()})  # noqa: NPY002
+    check_discrete(LinearQ)
+    after = contents({"random": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()})  # noqa: NPY002
+    assert difference(before, after) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"steps": 0}, ValueError, "steps is 0"),
+        ({"num_environments": 0}, ValueError, "num_environments is 0"),
+        ({"feed": "Pendulum-v1", "action_space": FOUR}, ValueError, "a feed has its own spaces"),
+        ({"agent": LinearQ(), "config": AgentConfig()}, TypeError, "agent class only"),
+        ({"action_space": spaces.Text(3)}, TypeError, "action_space is Text"),
+        ({"transformed": ("reward",)}, ValueError, "transformed has 'reward'"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments, error, says):
+    with pytest.raises(error, match=says):
+        check_agent(**{"agent": LinearQ} | arguments)
+
+
+# Agents that break it -----------------------------------------------------------------------------------------
+
+
+class NoOptimizeModel:
+    init, reset = LinearQ.init, LinearQ.reset
+    select_action, record_observation = LinearQ.select_action, LinearQ.record_observation
+
+
+class WrongSignature(LinearQ):
+    def record_observation(self, rl_state, action, reward, next_rl_state):
+        return next_rl_state
+
+
+class InitGivesTheState(LinearQ):
+    def init(self, random_key, **options):
+        return super().init(random_key, **options)[0]
+
+
+class InitKeepsTheKey(LinearQ):
+    def init(self, random_key, **options):
+        return super().init(random_key, **options)[0], random_key
+
+
+class ReturnsTheFirstArgument(LinearQ):
+    def record_observation(self, rl_state, *arguments):
+        super().record_observation(rl_state, *arguments)
+        return rl_state
+
+
+class ChangesTheIteration(LinearQ):
+    def record_observation(self, *arguments):
+        state = super().record_observation(*arguments)
+        return state._replace(iteration=state.iteration + 1)
+
+
+class ChangesTheEpisode(LinearQ):
+    def optimize_model(self, rl_state):
+        return super().optimize_model(rl_state)._replace(episode=7)
+
+
+class SwapsTheEnvironment(LinearQ):
+    def select_action(self, rl_state, iteration):
+        action, state = super().select_action(rl_state, iteration)
+        seen = state.environment_state
+        return action, state._replace(environment_state=seen._replace(reward=seen.reward + 1))
+
+
+class WritesIntoTheObservation(LinearQ):
+    def record_observation(self, rl_state, action, reward, terminated, next_rl_state):
+        state = super().record_observation(rl_state, action, reward, terminated, next_rl_state)
+        rl_state.environment_state.observation[:] = 0
+        return state
+
+
+class WritesIntoTheActions(LinearQ):
+    def record_observation(self, rl_state, action, reward, terminated, next_rl_state):
+        state = super().record_observation(rl_state, action, reward, terminated, next_rl_state)
+        action -= 1
+        return state
+
+
+class DrawsWhileRecording(LinearQ):
+    def record_observation(self, *arguments):
+        state = super().record_observation(*arguments)
+        return state._replace(random_key=state.random_key.split(1)[0])
+
+
+class GivesActionsOnly(LinearQ):
+    def select_action(self, rl_state, iteration):
+        return super().select_action(rl_state, iteration)[0]
+
+
+class OutOfBounds(LinearQ):
+    def select_action(self, rl_state, iteration):
+        action, state = super().select_action(rl_state, iteration)
+        return np.where(np.arange(len(action)) == 1, 5, action), state
+
+
+class OutOfTheBox(CrossEntropy):
+    def select_action(self, rl_state, iteration):
+        action, state = super().select_action(rl_state, iteration)
+        return action + np.float32(0.5), state
+
+
+class WrongShape(LinearQ):
+    def select_action(self, rl_state, iteration):
+        action, state = super().select_action(rl_state, iteration)
+        return action[:, None], state
+
+
+class FloatActions(LinearQ):
+    def select_action(self, rl_state, iteration):
+        action, state = super().select_action(rl_state, iteration)
+        return action.astype(np.float32), state
+
+
+class TensorActions(LinearQ):
+    def select_action(self, rl_state, iteration):
+        action, state = super().select_action(rl_state, iteration)
+        return torch.as_tensor(action), state
+
+
+class GlobalNumPy(LinearQ):
+    def select_action(self, rl_state, iteration):
+        np.random.random()  # noqa: NPY002
+        return super().select_action(rl_state, iteration)
+
+
+class GlobalTorch(LinearQ):
+    def optimize_model(self, rl_state):
+        torch.rand(1)
+        return super().optimize_model(rl_state)
+
+
+class GlobalRandom(LinearQ):
+    def reset(self, random_key, rl_state):
+        random.random()
+        return super().reset(random_key, rl_state)
+
+
+class GlobalInit(LinearQ):
+    def init(self, random_key, **options):
+        torch.manual_seed(0)
+        return super().init(random_key, **options)
+
+
+class ReadsTheGlobalSeed(LinearQ):
+    def epsilon(self, state):
+        return torch.initial_seed() % 2
+
+
+class CountsAgents(LinearQ):
+    made = 0
+
+    def __init__(self):
+        CountsAgents.made += 1
+        self.number = CountsAgents.made
+
+    def init(self, random_key, **options):
+        return super().init(random_key.split(self.number)[-1], **options)
+
+
+class ActsUnderOneKey(LinearQ):
+    def select_action(self, rl_state, iteration):
+        return super().select_action(rl_state, iteration)[0], rl_state
+
+
+class LearnsUnderOneKey(LinearQ):
+    def update(self, state, batch):
+        super().update(state, batch._replace(rewards=batch.rewards + self.key.normal(len(batch.rewards))))
+
+    def optimize_model(self, rl_state):
+        self.key = rl_state.random_key
+        return super().optimize_model(rl_state)
+
+
+class ResetsParameters(LinearQ):
+    def reset(self, random_key, rl_state):
+        if rl_state.environment_state.terminated.any():
+            rl_state.agent_state.network.bias.data.zero_()
+        return rl_state.agent_state, random_key
+
+
+class ResetsTheOptimizer(LinearQ):
+    def reset(self, random_key, rl_state):
+        state = rl_state.agent_state
+        state.optimizer = torch.optim.Adam(state.network.parameters(), 0.01)
+        return state, random_key
+
+
+class ResetsTheReplay(LinearQ):
+    def reset(self, random_key, rl_state):
+        state = rl_state.agent_state
+        state.replay.remove(state.replay.export_arrays()["handles"][:1])
+        return state, random_key
+
+
+class ForgetsTheOptimizer(LinearQ):
+    def export_state(self, state):
+        tensors, values = super().export_state(state)
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizers.")}, values
+
+
+class ForgetsTheBias(LinearQ):
+    def import_state(self, state, tensors, values):
+        super().import_state(state, tensors | {"bias": state.network.bias.detach().clone()}, values)
+
+
+class ForgetsTheReplay(LinearQ):
+    def import_state(self, state, tensors, values):
+        parts, facts = state.replay.export_state()
+        parts = {f"replay.{name}": torch.as_tensor(part) for name, part in parts.items()}
+        super().import_state(state, tensors | parts, values | {"replay": facts})
+
+
+class ForgetsItsCounter(LinearQ):
+    def import_state(self, state, tensors, values):
+        super().import_state(state, tensors, values | {"steps": 0})
+
+
+class SavesWhatIsNoJson(LinearQ):
+    def export_state(self, state):
+        tensors, values = super().export_state(state)
+        return tensors, values | {"key": RandomKey(0)}
+
+
+class MixesRows(LinearQ):
+    def select_action(self, rl_state, iteration):
+        seen = rl_state.environment_state
+        if rl_state.agent_state.steps > 20:
+            shifted = seen._replace(observation=seen.observation - 3 * seen.observation.mean(0))
+            action, state = super().select_action(rl_state._replace(environment_state=shifted), iteration)
+            return action, state._replace(environment_state=seen)
+        return super().select_action(rl_state, iteration)
+
+
+class RecordsUnsteppedRows(LinearQ):
+    def insert(self, state, before, action, reward, terminated, after, rows):
+        super().insert(state, before, action, reward, terminated, after, np.arange(len(action)))
+
+
+class StoresTheNextStart(LinearQ):
+    def insert(self, state, before, action, reward, terminated, after, rows):
+        super().insert(
+            state, before, action, reward, terminated, after._replace(final_observation=after.observation), rows
+        )
+
+
+class TakesTheLimitForAnEnd(LinearQ):
+    def insert(self, state, before, action, reward, terminated, after, rows):
+        super().insert(state, before, action, reward, terminated | after.truncated, after, rows)
+
+
+class StoresTheWrongRewards(LinearQ):
+    def insert(self, state, before, action, reward, terminated, after, rows):
+        super().insert(state, before, action, reward[::-1], terminated, after, rows)
+
+
+class SkipsEnds(LinearQ):
+    def insert(self, state, before, action, reward, terminated, after, rows):
+        super().insert(state, before, action, reward, terminated, after, rows[~terminated[rows]])
+
+
+class LearnsTooEarly(LinearQ):
+    def optimize_model(self, rl_state):
+        if rl_state.agent_state.steps > 8:
+            self.update(rl_state.agent_state, rl_state.agent_state.replay.sample(4))
+        return rl_state
+
+
+class NeverLearns(LinearQ):
+    def update(self, state, batch):
+        pass
+
+
+class Diverges(LinearQ):
+    def update(self, state, batch):
+        super().update(state, batch._replace(rewards=batch.rewards * (1 if state.steps < 20 else np.nan)))
+
+
+BROKEN = [
+    (OutOfTheBox, "actions_lie_in_the_space", r"select_action after \d steps gave environment \d the action"),
+    (ReturnsTheFirstArgument, "passes_the_state_through", r"record_observation after 0 steps .* although it recorded"),
+    (ChangesTheIteration, "passes_the_state_through", r"neither .* iteration is 1 and 2"),
+    (ChangesTheEpisode, "passes_the_state_through", r"optimize_model after 1 steps .* episode is 0 and 7"),
+    (SwapsTheEnvironment, "passes_the_state_through", r"select_action .* environment_state.reward at \[0\]"),
+    (DrawsWhileRecording, "passes_the_state_through", r"record_observation .* random_key"),
+    (WritesIntoTheActions, "passes_the_state_through", r"record_observation .* wrote into its argument"),
+    (TensorActions, "actions_lie_in_the_space", r"gave a Tensor"),
+    (GlobalNumPy, "leaves_global_generators_alone", r"select_action after 0 steps .* numpy.random"),
+    (GlobalTorch, "leaves_global_generators_alone", r"optimize_model after 1 steps .* torch"),
+    (GlobalRandom, "leaves_global_generators_alone", r"reset after 0 steps .* random"),
+    (GlobalInit, "leaves_global_generators_alone", r"init .* torch"),
+    (ReadsTheGlobalSeed, "gives_the_same_for_the_same_key", r"other actions after \d+ steps"),
+    (
+        ActsUnderOneKey,
+        "uses_each_key_once",
+        r"select_action after 0 steps .* gave back the key .* entry|actions at \[\d\]",
+    ),
+    (LearnsUnderOneKey, "uses_each_key_once", r"optimize_model after \d+ steps .* network.weight"),
+    (ResetsParameters, "reset_keeps_what_was_learned", r"reset after \d+ steps changed network.bias"),
+    (ResetsTheOptimizer, "reset_keeps_what_was_learned", r"reset after \d+ steps changed optimizer"),
+    (ForgetsTheOptimizer, "saves_and_restores", r"after import_state, optimizer"),
+    (ForgetsTheBias, "saves_and_restores", r"after import_state, network.bias"),
+    (ForgetsTheReplay, "saves_and_restores", r"after import_state, replay"),
+    (ForgetsItsCounter, "saves_and_restores", r"steps after import_state"),
+    (SavesWhatIsNoJson, "saves_and_restores", r"cannot be written as JSON"),
+    (MixesRows, "rows_do_not_mix", r"after \d+ steps other observations .* environment \d"),
+    (StoresTheNextStart, "records_what_happened", r"next_observations in row .* final_observation was"),
+    (TakesTheLimitForAnEnd, "records_what_happened", r"terminated in row .* is \[ True\]; given was False"),
+    (StoresTheWrongRewards, "records_what_happened", r"rewards in row 0 \(environment 0\)"),
+    (SkipsEnds, "records_what_happened", r"holds \d+ rows (of|after) \d+ transitions"),
+    (LearnsTooEarly, "waits_for_learning_starts", r"network.weight .* with 9 transitions; learning_starts is 12"),
+    (NeverLearns, "learns", r"no parameter with \d+ transitions"),
+    (Diverges, "stays_finite", r"network.weight at \[0, 0\] is nan"),
+]
+
+
+def broken_promises(monkeypatch, agent, **options):
+    """What each check that an agent fails says of it, by the check's name."""
+    said = {}
+
+    def noted(check):
+        def run(kit):
+            try:
+                check(kit)
+            except BrokenError as error:
+                said[check.__name__] = str(error)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(angle_rl.testing, "CHECKS", [noted(check) for check in CHECKS])
+        check_agent(agent, **options)
+    return said
+
+
+@pytest.mark.parametrize(("agent", "check", "says"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_broken_promise_is_found_by_its_check_and_by_no_other(monkeypatch, agent, check, says):
+    options = {"steps": 40} if issubclass(agent, CrossEntropy) else {"action_space": FOUR, "steps": 18}
+    said = broken_promises(monkeypatch, agent, **options)
+    assert list(said) == [check], said
+    assert re.search(says, said[check]), said
+
+
+@pytest.mark.parametrize(
+    ("agent", "check", "says"),
+    [
+        (NoOptimizeModel, "has_five_callbacks", r"has no callback optimize_model\(rl_state\)"),
+        (
+            WrongSignature,
+            "has_five_callbacks",
+            r"record_observation\(.*\) does not take \(rl_state, action",
+        ),
+        (InitGivesTheState, "init_gives_a_state_and_a_new_key", r"init returned a DiscreteState"),
+        (InitKeepsTheKey, "init_gives_a_state_and_a_new_key", r"gave back the key that it was passed"),
+        (GivesActionsOnly, "actions_lie_in_the_space", r"select_action after 0 steps returned a ndarray"),
+        (OutOfBounds, "actions_lie_in_the_space", r"environment 1 the action 5, not in Discrete"),
+        (WrongShape, "actions_lie_in_the_space", r"shape \[3, 1\]; \[3\] is due"),
+        (FloatActions, "actions_lie_in_the_space", r"dtype float32"),
+        (ResetsTheReplay, "reset_keeps_what_was_learned", r"reset after \d+ steps changed replay"),
+        (WritesIntoTheObservation, "passes_the_state_through", r"observation at \[0, 0\]"),
+        (CountsAgents, "gives_the_same_for_the_same_key", r"."),  # and so two agents are never alike anywhere
+        (RecordsUnsteppedRows, "ignores_rows_that_did_not_step", r"altering them, replay"),  # which then has too many
+    ],
+)
+def test_a_broken_promise_that_breaks_others_is_named_first(agent, check, says):
+    with pytest.raises(AssertionError, match=f"^{check}: .*{says}") as error:
+        check_discrete(agent)
+    assert error.value.check == check
+
+
+def test_what_a_callback_raises_is_the_cause():
+    class Raises(LinearQ):
+        def optimize_model(self, rl_state):
+            raise KeyError("lost")
+
+    with pytest.raises(ConformanceError, match=r"actions_lie_in_the_space: .* raised KeyError: 'lost'") as error:
+        check_discrete(Raises)
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+class MixingPolicy(SquashedGaussianPolicy):
+    """Mixes rows where it is not exploring."""
+
+    def sample_actions(self, observations, deterministic=False, **options):
+        if deterministic:
+            observations = observations - observations.mean(0)
+        return super().sample_actions(observations, deterministic, **options)
+
+
+class SqueezingPolicy(SquashedGaussianPolicy):
+    """Loses the axis of a batch of one."""
+
+    def sample_actions(self, observations, deterministic=False, **options):
+        actions, log_prob = super().sample_actions(observations, deterministic, **options)
+        return (actions.squeeze(0) if len(actions) == 1 else actions), log_prob
+
+
+@pytest.mark.parametrize("policy", [MixingPolicy, SqueezingPolicy])
+def test_a_policy_that_answers_a_batch_otherwise_is_found(monkeypatch, policy):
+    class WithPolicy(SAC):
+        def init(self, random_key, **options):
+            with seeded_torch(random_key, torch.device("cpu")):
+                policy_of_its_own = policy(3, options["action_space"].low, options["action_space"].high, (8,))
+            return super().init(random_key, **options | {"policy": policy_of_its_own})
+
+    options = {"agent": WithPolicy, "config": small(SAC), "num_environments": 2}
+    said = broken_promises(monkeypatch, **options)
+    assert list(said) == ["batched_actions_equal_single_ones"]
+    assert "alone" in said["batched_actions_equal_single_ones"]
+
+
+def test_rewards_kept_otherwise_pass_where_that_is_said():
+    class Scales(LinearQ):
+        def insert(self, state, before, action, reward, *rest):
+            super().insert(state, before, action, 0.1 * reward, *rest)
+
+    assert "records_what_happened" in check_discrete(Scales, transformed=("rewards",)).passed
+    with pytest.raises(ConformanceError, match="rewards in row 0"):
+        check_discrete(Scales)
+
+
+def test_a_forgotten_table_counts_as_learned():
+    class Forgets(CrossEntropy):
+        def reset(self, random_key, rl_state):
+            state, random_key = super().reset(random_key, rl_state)
+            return state | {"mean": 0 * state["mean"]}, random_key
+
+    with pytest.raises(ConformanceError, match=r"reset_keeps_what_was_learned: .* export_state.mean at \[0\]"):
+        check_agent(Forgets, steps=40)
+
+
+def test_an_agent_that_cannot_be_saved_is_told_so():
+    class Unsaved(LinearQ):
+        export_state = None
+
+    report = check_discrete(Unsaved)
+    assert "no export_state" in report.not_applicable["saves_and_restores"]
+
+
+# The feed and the look into a state ---------------------------------------------------------------------------
+
+NESTED = spaces.Dict(
+    {
+        "image": spaces.Box(0, 255, (2, 2), np.uint8),
+        "rest": spaces.Tuple([spaces.Discrete(3, start=-1), spaces.MultiDiscrete([2, 5]), spaces.MultiBinary(3)]),
+        "half": spaces.Box(0.0, np.inf, (2,), np.float64),
+    }
+)
+
+
+def test_values_drawn_lie_in_their_space_and_reach_its_ends():
+    values = draw(NESTED, 300, RandomKey(0))
+    for index in range(300):
+        row = {
+            "image": values["image"][index],
+            "rest": tuple(part[index] for part in values["rest"]),
+            "half": values["half"][index],
+        }
+        assert NESTED.contains(row)
+    assert set(values["rest"][0].tolist()) == {-1, 0, 1}
+    assert values["rest"][1].max(0).tolist() == [1, 4]
+    assert {values["image"].min(), values["image"].max()} == {0, 255}
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_check_feed_shows_every_kind_of_row(n):
+    feed = CheckFeed(NESTED, FOUR, n)
+    seen, key = feed.init(RandomKey(0))
+    kinds = set()
+    for _ in range(20):
+        before = seen
+        seen, key = feed.step(key, seen, np.full(n, 2))
+        moved = (seen.observation["half"] != seen.final_observation["half"]).any(1)
+        kinds |= {tuple(row) for row in np.stack([seen.terminated, seen.truncated, seen.stepped, moved], 1).tolist()}
+        assert (before.terminated | before.truncated)[~seen.stepped].all()
+    assert kinds == {
+        (False, False, True, False),  # within an episode
+        (True, False, True, True),
+        (True, False, True, False),  # a reset follows in a step of its own
+        (False, True, True, True),
+        (False, True, True, False),
+        (False, False, False, False),  # that step
+    }
+
+
+def test_contents_reach_into_everything_and_end_on_circles():
+    module = torch.nn.Linear(1, 1)
+    replay = ReplayBuffer(4, {"observations": ((1,), "f4"), "actions": ((), "i8")})
+    state = DiscreteState()
+    state.inside = {"module": module, "itself": state, "list": [1, np.float32(2)], "none": None, "key": RandomKey(3)}
+    state.optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
+    state.replay, state.generator = replay, np.random.default_rng(0)
+    state.half = torch.ones(2, dtype=torch.bfloat16)
+    found = contents(state)
+    assert found["inside.module.weight"].kind == "parameter"
+    assert found["inside.key.value"].value == 3
+    assert found["replay.rewards"].kind == "replay"
+    assert {leaf.kind for path, leaf in found.items() if path.startswith("optimizer")} == {"optimizer"}
+    assert find_replay(state) is replay
+    assert difference(found, contents(state)) is None
+    state.generator.random()
+    assert difference(found, contents(state)).startswith("generator")
+    with torch.no_grad():
+        module.weight += 1
+    assert difference(found, contents(state)).startswith("inside.module.weight at [0, 0] is")
