@@ -16,14 +16,21 @@ from angle_rl.config import AgentConfig, Hyperparameters
 from angle_rl.feed import FunctionFeed
 from angle_rl.models import SquashedGaussianPolicy
 from angle_rl.replay import ReplayBuffer
+from angle_rl.spaces import row_of
 from angle_rl.testing import CHECKS, AgentReport, CheckFeed, ConformanceError, check_agent
 from angle_rl.testing.contents import contents, difference, find_replay
-from angle_rl.testing.kit import BrokenError
-from angle_rl.testing.probe import draw
+from angle_rl.testing.probe import BrokenError, draw
 from angle_rl.types import RandomKey
 
 NAMES = tuple(check.__name__ for check in CHECKS)
 FOUR = spaces.Discrete(4, start=1)
+NESTED = spaces.Dict(
+    {
+        "image": spaces.Box(0, 255, (2, 2), np.uint8),
+        "rest": spaces.Tuple([spaces.Discrete(3, start=-1), spaces.MultiDiscrete([2, 5]), spaces.MultiBinary(3)]),
+        "half": spaces.Box(0.0, np.inf, (2,), np.float64),
+    }
+)
 
 
 def small(agent, **hyperparameters):
@@ -47,7 +54,7 @@ class CrossEntropy:
         size = (observation_space.shape[0] + 1) * action_space.shape[0]
         state = {"mean": np.zeros(size), "std": np.ones(size), "scores": np.zeros(0), "tried": np.zeros((0, size))}
         self.low, self.high = action_space.low, action_space.high
-        return state, random_key.split(1)[0]
+        return state, random_key
 
     def reset(self, random_key, rl_state):
         key, random_key = random_key.split(2)
@@ -174,7 +181,7 @@ class LinearQ:
 
 
 def check_discrete(agent, **options):
-    return check_agent(agent, action_space=FOUR, **options)
+    return check_agent(agent, action_space=FOUR, **{"steps": 16} | options)
 
 
 @pytest.mark.parametrize("agent", [SAC, TD3])
@@ -225,6 +232,57 @@ def test_an_agent_that_cannot_be_copied_is_checked_as_far_as_one_agent_goes():
     assert alone < set(report.not_applicable)
     assert "cannot be copied" in report.not_applicable["rows_do_not_mix"]
     assert "reset_keeps_what_was_learned" in report.passed
+
+
+class NestedRecorder:
+    """Acts at random on nested observations, and keeps them."""
+
+    keeps_unstepped = False
+
+    def init(self, random_key, *, observation_space, action_space, **options):
+        replay = ReplayBuffer(200, observation_space=observation_space, action_space=action_space)
+        return {"replay": replay, "space": action_space}, random_key
+
+    def reset(self, random_key, rl_state):
+        return rl_state.agent_state, random_key
+
+    def select_action(self, rl_state, iteration):
+        key, random_key = rl_state.random_key.split(2)
+        n = len(rl_state.environment_state.reward)
+        return draw(rl_state.agent_state["space"], n, key), rl_state._replace(random_key=random_key)
+
+    def record_observation(self, rl_state, action, reward, terminated, next_rl_state):
+        before, after = rl_state.environment_state, next_rl_state.environment_state
+        rows = np.flatnonzero(after.stepped | self.keeps_unstepped)
+        given = (before.observation, action, reward, after.final_observation, terminated, after.truncated)
+        if len(rows):
+            next_rl_state.agent_state["replay"].insert(*(row_of(part, rows) for part in given), streams=rows)
+        return next_rl_state
+
+    def optimize_model(self, rl_state):
+        return rl_state
+
+
+def test_nested_observations_and_an_agent_that_learns_nothing_pass():
+    report = check_agent(NestedRecorder, observation_space=NESTED, action_space=spaces.MultiDiscrete([2, 3]))
+    assert set(report.not_applicable) == {
+        "saves_and_restores",
+        "batched_actions_equal_single_ones",
+        "waits_for_learning_starts",
+        "learns",
+        "stays_finite",
+    }
+
+    class Keeps(NestedRecorder):
+        keeps_unstepped = True
+
+    with pytest.raises(ConformanceError, match=r"ignores_rows_that_did_not_step: .* replay\.\S+ at \["):
+        check_agent(Keeps, observation_space=NESTED, action_space=spaces.MultiDiscrete([20, 30]))
+
+
+def test_learning_that_was_not_reached_is_told():
+    report = check_discrete(LinearQ, steps=2)
+    assert "not more than learning_starts" in report.not_applicable["learns"]
 
 
 def test_a_feed_of_ones_own_is_run_instead():
@@ -334,6 +392,21 @@ class DrawsWhileRecording(LinearQ):
 class GivesActionsOnly(LinearQ):
     def select_action(self, rl_state, iteration):
         return super().select_action(rl_state, iteration)[0]
+
+
+class ResetGivesTheState(LinearQ):
+    def reset(self, random_key, rl_state):
+        return rl_state.agent_state, random_key.value
+
+
+class RecordsToNowhere(LinearQ):
+    def record_observation(self, *arguments):
+        super().record_observation(*arguments)
+
+
+class LosesTheKey(LinearQ):
+    def optimize_model(self, rl_state):
+        return super().optimize_model(rl_state)._replace(random_key=None)
 
 
 class OutOfBounds(LinearQ):
@@ -583,7 +656,7 @@ def broken_promises(monkeypatch, agent, **options):
 
 @pytest.mark.parametrize(("agent", "check", "says"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_broken_promise_is_found_by_its_check_and_by_no_other(monkeypatch, agent, check, says):
-    options = {"steps": 40} if issubclass(agent, CrossEntropy) else {"action_space": FOUR, "steps": 18}
+    options = {"steps": 30} if issubclass(agent, CrossEntropy) else {"action_space": FOUR, "steps": 16}
     said = broken_promises(monkeypatch, agent, **options)
     assert list(said) == [check], said
     assert re.search(says, said[check]), said
@@ -599,12 +672,19 @@ def test_a_broken_promise_is_found_by_its_check_and_by_no_other(monkeypatch, age
             r"record_observation\(.*\) does not take \(rl_state, action",
         ),
         (InitGivesTheState, "init_gives_a_state_and_a_new_key", r"init returned a DiscreteState"),
-        (InitKeepsTheKey, "init_gives_a_state_and_a_new_key", r"gave back the key that it was passed"),
-        (GivesActionsOnly, "actions_lie_in_the_space", r"select_action after 0 steps returned a ndarray"),
+        (InitKeepsTheKey, "init_gives_a_state_and_a_new_key", r"gave it back, RandomKey.*network.weight"),
+        (GivesActionsOnly, "callbacks_return_what_is_due", r"select_action after 0 steps returned a ndarray"),
         (OutOfBounds, "actions_lie_in_the_space", r"environment 1 the action 5, not in Discrete"),
         (WrongShape, "actions_lie_in_the_space", r"shape \[3, 1\]; \[3\] is due"),
         (FloatActions, "actions_lie_in_the_space", r"dtype float32"),
         (ResetsTheReplay, "reset_keeps_what_was_learned", r"reset after \d+ steps changed replay"),
+        (ResetGivesTheState, "callbacks_return_what_is_due", r"reset after 0 steps returned \(DiscreteState, int\)"),
+        (RecordsToNowhere, "callbacks_return_what_is_due", r"record_observation after 0 steps returned a NoneType"),
+        (
+            LosesTheKey,
+            "callbacks_return_what_is_due",
+            r"optimize_model after 1 steps returned a random_key .* NoneType",
+        ),
         (WritesIntoTheObservation, "passes_the_state_through", r"observation at \[0, 0\]"),
         (CountsAgents, "gives_the_same_for_the_same_key", r"."),  # and so two agents are never alike anywhere
         (RecordsUnsteppedRows, "ignores_rows_that_did_not_step", r"altering them, replay"),  # which then has too many
@@ -686,14 +766,6 @@ def test_an_agent_that_cannot_be_saved_is_told_so():
 
 
 # The feed and the look into a state ---------------------------------------------------------------------------
-
-NESTED = spaces.Dict(
-    {
-        "image": spaces.Box(0, 255, (2, 2), np.uint8),
-        "rest": spaces.Tuple([spaces.Discrete(3, start=-1), spaces.MultiDiscrete([2, 5]), spaces.MultiBinary(3)]),
-        "half": spaces.Box(0.0, np.inf, (2,), np.float64),
-    }
-)
 
 
 def test_values_drawn_lie_in_their_space_and_reach_its_ends():

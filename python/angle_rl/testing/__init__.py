@@ -14,8 +14,8 @@ from gymnasium import spaces
 from angle_rl.feed import make_feed
 from angle_rl.spaces import Space
 from angle_rl.testing import acting, learning
-from angle_rl.testing.kit import BrokenError, ConformanceError, Kit, NotApplicableError
-from angle_rl.testing.probe import CheckFeed, global_seed
+from angle_rl.testing.kit import ConformanceError, Kit, NotApplicableError
+from angle_rl.testing.probe import BrokenError, CheckFeed, global_seed
 
 __all__ = ["AgentReport", "CheckFeed", "ConformanceError", "check_agent"]
 
@@ -23,6 +23,7 @@ CHECKS: tuple[Callable[[Kit], None], ...] = (
     acting.has_five_callbacks,
     acting.init_gives_a_state_and_a_new_key,
     acting.actions_lie_in_the_space,
+    acting.callbacks_return_what_is_due,
     acting.passes_the_state_through,
     acting.leaves_global_generators_alone,
     acting.gives_the_same_for_the_same_key,
@@ -127,7 +128,7 @@ def check_agent(
         except NotApplicableError as reason:
             not_applicable[name] = str(reason)
         except BrokenError as broken:
-            raise ConformanceError(name, str(broken)) from broken.__cause__
+            raise ConformanceError(broken.check or name, str(broken)) from broken.__cause__
         except Exception as error:
             raise ConformanceError(name, f"the agent raised {type(error).__name__}: {error}") from error
         else:

@@ -30,10 +30,6 @@ class NotApplicableError(Exception):
     """A check says nothing about this agent; the text is the reason."""
 
 
-class BrokenError(Exception):
-    """What a check raises inside; `check_agent` adds the check's name."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kit:
     """What the checks are given."""
@@ -106,13 +102,6 @@ def exported_floats(agent: Any, agent_state: Any) -> dict[str, Array]:
         for name, tensor in tensors.items()
         if tensor.is_floating_point() and tensor.dim() > 0 and not name.startswith(("replay.", "optimizers."))
     }
-
-
-def shortly(value: Any) -> str:
-    """A value's type, or its members' types."""
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return f"({', '.join(type(part).__name__ for part in value)})"
-    return f"a {type(value).__name__}"
 
 
 def close(first: Any, second: Any) -> bool:

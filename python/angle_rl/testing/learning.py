@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from angle_rl.testing.contents import Contents, both, contents, difference, find_replay, same
-from angle_rl.testing.kit import BrokenError, Kit, NotApplicableError, replaced, shortly
-from angle_rl.testing.probe import Finish, Run, draw
+from angle_rl.testing.kit import Kit, NotApplicableError, replaced
+from angle_rl.testing.probe import BrokenError, Finish, Run, draw, shortly
 from angle_rl.types import Array, EnvironmentState, RandomKey, RLState
 
 NO_PARAMETERS = "the agent has no parameters: no module, no tensor with gradients, no exported float array"
@@ -50,13 +50,15 @@ def reset_keeps_what_was_learned(kit: Kit) -> None:
 def saves_and_restores(kit: Kit) -> None:
     """A fresh agent of another seed that imports what one exported goes on exactly as that one does.
 
-    Both begin new episodes there, as the trainer does after a load.
+    It is saved where episodes begin, and both begin new ones, as the trainer does after a load: what belongs to an
+    episode under way need not come back.
     """
     first = kit.run()
     if not all(callable(getattr(first.agent, name, None)) for name in ("export_state", "import_state")):
         raise NotApplicableError(f"{type(first.agent).__name__} has no export_state and import_state")
     kit.require_fresh_agents()
     first.advance(kit.steps)
+    first.begin()
     tensors, values = first.agent.export_state(first.state.agent_state)
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
@@ -135,16 +137,34 @@ def records_what_happened(kit: Kit) -> None:
         raise NotApplicableError("the agent_state has no replay with export_arrays")
     found, environments = replay.export_arrays(), expected.pop("environment")
     held, happened = len(found["terminated"]), len(environments)
-    if held != min(happened, replay.capacity):
+    if held > happened or (held < happened <= replay.capacity // 2):  # near its capacity a replay may leave slots free
         raise BrokenError(
             f"the replay holds {held} rows after {happened} transitions; its capacity is {replay.capacity}"
         )
+    given, kept = same_rows(np.array(environments), found["streams"])
     for path, values in expected.items():
         if path in found and path.split(".")[0] not in kit.transformed:
-            require_rows(path, np.array(values[happened - held :]), found[path], environments[happened - held :])
+            require_rows(path, np.array(values)[given], found[path][kept], np.array(environments)[given])
 
 
-def require_rows(path: str, given: Array, found: Array, environments: list[int]) -> None:
+def same_rows(environments: Array, streams: Array) -> tuple[Array, Array]:
+    """Which transitions given should be which rows of a replay: two index arrays of equal length.
+
+    The newest ones, in the order of time: within each environment, if those are the replay's streams.
+    """
+    if not set(streams.tolist()) <= set(environments.tolist()) or (len({*environments}) > 1 and len({*streams}) < 2):
+        return np.arange(len(environments))[len(environments) - len(streams) :], np.arange(len(streams))
+    given, kept = [], []
+    for stream in np.unique(streams):
+        of_replay = np.flatnonzero(streams == stream)
+        of_run = np.flatnonzero(environments == stream)
+        rows = min(len(of_replay), len(of_run))
+        given.append(of_run[len(of_run) - rows :])
+        kept.append(of_replay[len(of_replay) - rows :])
+    return np.concatenate(given), np.concatenate(kept)
+
+
+def require_rows(path: str, given: Array, found: Array, environments: Array) -> None:
     """BrokenError where a replay's field is not what was given; of stacked observations the newest frame counts."""
     flat_given, flat_found = given.reshape(len(given), -1), found.reshape(len(found), -1)
     width = flat_given.shape[1]

@@ -37,6 +37,39 @@ def draw(space: Space, n: int, key: RandomKey) -> Any:
     return map_space(leaf, space)
 
 
+class BrokenError(Exception):
+    """What a check raises inside; `check_agent` adds the name of the check: `check`, or the one under way."""
+
+    def __init__(self, text: str, check: str | None = None) -> None:
+        super().__init__(text)
+        self.check = check
+
+
+def require_due(name: str, steps: int, result: Any) -> None:
+    """BrokenError unless a callback returned what it must: right types, as far as the runner uses them."""
+    where, check = f"{name} after {steps} steps returned", "callbacks_return_what_is_due"
+    pair = isinstance(result, tuple) and len(result) == 2 and not isinstance(result, RLState)
+    if name == "reset":
+        if not pair or not isinstance(result[1], RandomKey):
+            raise BrokenError(f"{where} {shortly(result)}; it must return (agent_state, RandomKey)", check)
+        return
+    if name == "select_action":
+        if not pair or not isinstance(result[1], RLState):
+            raise BrokenError(f"{where} {shortly(result)}; it must return (actions, RLState)", check)
+        result = result[1]
+    if not isinstance(result, RLState):
+        raise BrokenError(f"{where} {shortly(result)}; it must return an RLState", check)
+    if not isinstance(result.random_key, RandomKey):
+        raise BrokenError(f"{where} a random_key that is {shortly(result.random_key)}", check)
+
+
+def shortly(value: Any) -> str:
+    """A value's type, or its members' types."""
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return f"({', '.join(type(part).__name__ for part in value)})"
+    return f"a {type(value).__name__}"
+
+
 class CheckFeed:
     """A feed of random observations, for checks: every kind of row comes up within 20 steps.
 
@@ -186,6 +219,7 @@ class Run:
     def _call(self, name: str, *arguments: Any) -> Any:
         finish = self.watch(name, self, arguments) if self.watch is not None else None
         result = getattr(self.agent, name)(*arguments)
+        require_due(name, self.steps, result)
         if finish is not None:
             finish(result)
         return result
