@@ -149,8 +149,7 @@ def test_by_episodes_environments_that_have_ended_are_not_counted(tmp_path):
     trainer = AgentTrainer(small(tmp_path, parallel_environments=2, **BOTH), feed)
     trainer.train(num_episodes=1)
     assert trainer.steps == 13
-    # And once more the first, in the step after its end, before the state says that it stands still.
-    assert trainer.feed.statistics["observations"].count == trainer.feed.statistics["rewards"].count == 14
+    assert trainer.feed.statistics["observations"].count == trainer.feed.statistics["rewards"].count == 13
 
 
 def test_the_options_are_checked():

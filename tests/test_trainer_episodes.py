@@ -1,14 +1,16 @@
 """Running by episodes: the order of calls, who takes part, and what is left behind."""
 
+import dataclasses
 import itertools
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 
 from angle_rl.config import AgentConfig, Hyperparameters, Service, Training
-from angle_rl.feed import FunctionFeed
+from angle_rl.feed import FunctionFeed, GymnasiumFeed
 from angle_rl.trainer import AgentTrainer
 from angle_rl.types import EnvironmentState, reset_state
 
@@ -144,6 +146,54 @@ def test_those_that_ended_neither_step_nor_are_recorded(tmp_path):
     assert seen.terminated.tolist() == [True, True]
     assert seen.reward.tolist() == [0.0, 3.0]
     assert trainer.steps == 4
+
+
+class Timed(gymnasium.Env):
+    """Ends after so many steps, and counts all that it is asked for."""
+
+    observation_space, action_space = spaces.Box(0, 100, (1,), np.float32), BOX
+
+    def __init__(self, length):
+        self.length, self.now, self.steps, self.resets = length, 0, 0, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.now, self.resets = 0, self.resets + 1
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.now, self.steps = self.now + 1, self.steps + 1
+        return np.full(1, self.now, np.float32), 1.0, self.now == self.length, False, {}
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize_observations": True}])
+def test_an_environment_that_ended_is_not_asked_for_more(tmp_path, options):
+    environments = [Timed(1), Timed(4)]
+    settings = config(tmp_path)
+    settings = dataclasses.replace(settings, training=dataclasses.replace(settings.training, **options))
+    trainer = AgentTrainer(settings, GymnasiumFeed(environments), evaluation_feed=GymnasiumFeed([Timed(2)]))
+    trainer.train(num_episodes=3)
+    assert [one.steps for one in environments] == [3, 12]
+    assert trainer.steps == len(trainer.replay) == 15
+
+
+def test_nor_is_a_function(tmp_path):
+    asked = []
+
+    def function(observation, action, time_step):
+        asked.append(float(observation[0]))
+        return observation, 1.0, bool(observation[0] < 0.5) or time_step == 3
+
+    starts = itertools.cycle([0.0, 1.0])
+    feed = FunctionFeed(
+        function,
+        initial_observation=lambda key: np.array([next(starts)], np.float32),
+        action_space=BOX,
+        num_environments=2,
+    )
+    evaluation = walk_feed()
+    AgentTrainer(config(tmp_path), feed, evaluation_feed=evaluation).train(num_episodes=1)
+    assert sorted(asked) == [0.0] + [1.0] * 4
 
 
 def test_a_limit_cuts_the_episode_and_its_last_step_is_learned_from(tmp_path):

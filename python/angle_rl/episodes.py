@@ -55,6 +55,11 @@ class Episodes:
         if self.state_to_trajectory is not None:
             state.trajectory.append(self.state_to_trajectory(state))
 
+    def asked_of(self, state: RLState) -> EnvironmentState:
+        """What to hand to the feed: environments that have ended are at rest."""
+        seen = state.environment_state
+        return seen._replace(stepped=seen.stepped & (self.active | ~(seen.terminated | seen.truncated)))
+
     def only_active(self, before: RLState, seen: EnvironmentState) -> EnvironmentState:
         """What was seen, of environments that have not ended; the others stand still and have not stepped.
 

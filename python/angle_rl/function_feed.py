@@ -110,9 +110,12 @@ class FunctionFeed:
         return self.init(random_key)
 
     def step(self, random_key: RandomKey, environment_state: EnvironmentState, actions: Array) -> Step:
-        """See ``DataFeed.step``; every row has ``stepped``. The key is used only where an episode begins."""
+        """See ``DataFeed.step``; every row has ``stepped`` but those at rest. The key is used only where an episode
+        begins.
+        """
         n, space = self.num_environments, self.observation_space
         actions = to_array(self.action_space, actions, "actions", (n,))
+        stepped = ~environment_state.at_rest()
         if self._batched:
             time: tuple[Any, ...] = (self._time_steps.copy(),) if self._takes_time else ()
             observations = to_batch(space, environment_state.observation, n)
@@ -123,10 +126,10 @@ class FunctionFeed:
             terminated = to_vector(ended, np.bool_, n, "terminated")
             truncated = to_vector(cut, np.bool_, n, "truncated")
         else:
-            final = empty_batch(space, n)
-            rewards = np.empty(n, dtype=np.float64)
+            final = copy.deepcopy(environment_state.observation)
+            rewards = np.zeros(n, dtype=np.float64)
             terminated, truncated = np.zeros(n, dtype=np.bool_), np.zeros(n, dtype=np.bool_)
-            for index in range(n):
+            for index in np.flatnonzero(stepped):
                 time = (int(self._time_steps[index]),) if self._takes_time else ()
                 observation = copy.deepcopy(row_of(environment_state.observation, index))
                 successor, reward, ended, cut = _outcome(self._function(observation, actions[index], *time))
@@ -134,12 +137,12 @@ class FunctionFeed:
                 rewards[index] = to_vector(reward, np.float64, None, "reward")
                 terminated[index] = to_vector(ended, np.bool_, None, "terminated")
                 truncated[index] = to_vector(cut, np.bool_, None, "truncated")
-        self._time_steps += 1
+        self._time_steps += stepped
         if self._step_limit is not None:
             truncated |= self._time_steps >= self._step_limit
+        rewards, terminated, truncated = np.where(stepped, rewards, 0.0), terminated & stepped, truncated & stepped
         rows, random_key = self._begin(random_key, np.flatnonzero(terminated | truncated).tolist())
         observation = with_rows(space, final, rows)
-        stepped = np.ones(n, dtype=np.bool_)
         return EnvironmentState(observation, rewards, terminated, truncated, final, stepped), random_key
 
     def evaluation_feed(self) -> FunctionFeed:

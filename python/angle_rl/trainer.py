@@ -194,7 +194,8 @@ class AgentTrainer:
 
         By steps, without `num_episodes`: until the config's `steps`; environments begin their next episode as soon
         as one ends, each for itself. By episodes: `num_episodes` more, each from a reset of all environments until
-        all have ended; one that has ended neither steps nor is recorded until the others are done.
+        all have ended; one that has ended neither steps nor is recorded until the others are done (a VectorEnv steps
+        all of its environments, and what those that have ended show is left out).
 
         Args:
             num_episodes: episodes to run, >= 1. The other arguments belong to it.
@@ -300,7 +301,8 @@ class AgentTrainer:
     ) -> EnvironmentState:
         """What the actions led to. Where the environment fails, the run is saved before the error goes on."""
         try:
-            seen, self._feed_key = self.feed.step(self._feed_key, state.environment_state, action)
+            before = state.environment_state if episodes is None else episodes.asked_of(state)
+            seen, self._feed_key = self.feed.step(self._feed_key, before, action)
             if episodes is not None:
                 seen = episodes.only_active(state, seen)
             if not np.isfinite(seen.reward).all():

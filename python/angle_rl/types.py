@@ -50,6 +50,13 @@ class EnvironmentState(NamedTuple):
     final_observation: Any  # [n, *observation_shape]: where the step led; differs from `observation` only after a reset
     stepped: Array  # [n] bool: False where this was a reset and no transition took place
 
+    def at_rest(self) -> Array:
+        """[n] bool: rows that a caller lets rest until all begin anew; they keep the flags of their episode's end
+        without having stepped.
+        """
+        resting: Array = (self.terminated | self.truncated) & ~self.stepped
+        return resting
+
 
 def reset_state(observation: Any, n: int) -> EnvironmentState:
     """What ``n`` environments show after a reset: ``observation`` ``[n, ...]``, no reward, nothing ended."""

@@ -36,8 +36,7 @@ class NormalizedFeed:
     ``observations``: every Box of floats, also within Dict and Tuple, gives ``(x - mean) / sqrt(variance +
     1e-8)`` as float32, clipped to ``[-observation_clip, observation_clip]``. Discrete observations and
     whole-number Boxes (images) pass as they are. Counted are the observations in which an action was taken
-    that stepped: once each, the first of an episode too, whatever the environment's way to restart. (In a run by
-    episodes, an environment that ended before the others is counted once more, in its next first observation.)
+    that stepped: once each, the first of an episode too, whatever the environment's way to restart.
     ``rewards``: ``r / sqrt(variance of R + 1e-8)`` in float64, clipped to ``[-reward_clip, reward_clip]``, where
     ``R <- discount * R + r`` runs within each episode of each environment. The mean is not taken off, which would
     reward or punish a long life. What is not finite is not counted, and such a reward is handed on as it is.
@@ -104,12 +103,10 @@ class NormalizedFeed:
 
     def step(self, random_key: RandomKey, environment_state: EnvironmentState, actions: Array) -> Step:
         """See ``DataFeed.step``. RuntimeError before ``init``."""
-        before = self._last()
+        asked = environment_state
+        before = self._last()._replace(terminated=asked.terminated, truncated=asked.truncated, stepped=asked.stepped)
         seen, random_key = self.feed.step(random_key, before, actions)
-        # Where a state keeps the flags of an episode's end without having stepped, its caller lets it stand still.
-        counted = seen.stepped & (
-            environment_state.stepped | ~(environment_state.terminated | environment_state.truncated)
-        )
+        counted = seen.stepped & ~asked.at_rest()
         if not self.frozen:
             for name, leaf in leaves(before.observation).items():
                 if name in self._statistics:

@@ -15,6 +15,7 @@ from angle_rl.spaces import (
     check_action_space,
     check_observation_space,
     empty_batch,
+    row_of,
     to_array,
     with_rows,
     write_row,
@@ -71,21 +72,25 @@ class GymnasiumFeed:
         return self.init(random_key)
 
     def step(self, random_key: RandomKey, environment_state: EnvironmentState, actions: Array) -> Step:
-        """See ``DataFeed.step``; every row has ``stepped``. The key is returned unused."""
+        """See ``DataFeed.step``; every row has ``stepped`` but those at rest. The key is returned unused."""
         n, space = self.num_environments, self.observation_space
         actions = to_array(self.action_space, actions, "actions", (n,))
         final = empty_batch(space, n)
         rewards = np.empty(n, dtype=np.float64)
         terminated, truncated = np.zeros(n, dtype=np.bool_), np.zeros(n, dtype=np.bool_)
         restarts: dict[int, Any] = {}
+        stepped = ~environment_state.at_rest()
         for index, environment in enumerate(self._environments):
+            if not stepped[index]:
+                rewards[index] = 0.0
+                write_row(space, final, index, row_of(environment_state.observation, index))
+                continue
             successor, reward, terminated[index], truncated[index], _ = environment.step(actions[index])
             rewards[index] = np.asarray(reward, dtype=np.float64).item()
             write_row(space, final, index, successor)
             if terminated[index] or truncated[index]:
                 restarts[index], _ = environment.reset()
         observation = with_rows(space, final, restarts)
-        stepped = np.ones(n, dtype=np.bool_)
         return EnvironmentState(observation, rewards, terminated, truncated, final, stepped), random_key
 
     def evaluation_feed(self) -> GymnasiumFeed | None:
