@@ -129,7 +129,7 @@ class FunctionFeed:
             final = copy.deepcopy(environment_state.observation)
             rewards = np.zeros(n, dtype=np.float64)
             terminated, truncated = np.zeros(n, dtype=np.bool_), np.zeros(n, dtype=np.bool_)
-            for index in np.flatnonzero(stepped):
+            for index in np.flatnonzero(stepped).tolist():
                 time = (int(self._time_steps[index]),) if self._takes_time else ()
                 observation = copy.deepcopy(row_of(environment_state.observation, index))
                 successor, reward, ended, cut = _outcome(self._function(observation, actions[index], *time))
