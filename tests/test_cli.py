@@ -78,7 +78,7 @@ def test_a_config_file_is_read_and_options_go_over_it(capsys, here):
         (["train", "--steps", "10"], "learning_starts is 1000"),
         (["train", "--stepps", "10"], "--steps"),
         (["train", "--env", "Pendulun-v1"], "Pendulum-v1"),
-        (["train", "--env", "CartPole-v1"], "SAC needs continuous actions"),
+        (["train", "--env", "CartPole-v1", "--agent", "sac"], "SAC needs continuous actions"),
         (["train", "--device", "abacus"], "device is 'abacus'"),
         (["train", "--config", "missing.toml"], "missing.toml"),
         (["train", "--resume", "missing"], "missing is no run"),
