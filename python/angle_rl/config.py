@@ -174,6 +174,23 @@ class AgentConfig:
                 "or nothing would be learned"
             )
 
+    def replace(self, **fields: Any) -> AgentConfig:
+        """A config with these fields changed, whichever part they belong to: ``config.replace(steps=5000, seed=1)``.
+
+        ValueError on an unknown field, naming the nearest known one.
+        """
+        parts: dict[str, dict[str, Any]] = {}
+        owners = {
+            entry.name: part.name
+            for part in dataclasses.fields(self)
+            for entry in dataclasses.fields(getattr(self, part.name))
+        }
+        _check_keys(fields, owners, "the config")
+        for name, value in fields.items():
+            parts.setdefault(owners[name], {})[name] = value
+        changed = {part: dataclasses.replace(getattr(self, part), **values) for part, values in parts.items()}
+        return dataclasses.replace(self, **changed)
+
     def to_json(self) -> str:
         """The config as a JSON object of three objects."""
         return json.dumps(dataclasses.asdict(self), indent=2)
