@@ -1,4 +1,4 @@
-"""DQN balances the pole: double Q, uniform replay, targets copied every 128 updates.
+"""DQN balances the pole: double Q, uniform replay, targets copied every 256 steps.
 
 python examples/cartpole_dqn.py [--steps N]
 """

@@ -386,7 +386,7 @@ def test_a_corridor_is_learned_from_nested_observations(tmp_path):
             learning_starts=100,
             learning_rate=3e-3,
             exploration_epsilon=0.5,
-            target_update_interval=20,
+            target_update_interval=40,
             dueling=True,
             updates_per_step=0.5,
         ),
@@ -424,3 +424,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     for name in ours:
         # Rows that follow a resume go to streams of their own, which is all that may differ.
         assert torch.equal(ours[name], theirs[name]) or name.startswith("replay."), name
+
+
+def test_the_interval_of_the_targets_counts_environment_steps():
+    agent, state = made(target_update_interval=10, updates_per_step=0.5, learning_starts=4, batch_size=2)
+    asked = []
+    update = state.engine.update
+
+    def watch(key, policy_steps, copy_targets):
+        asked.append(copy_targets)
+        return update(key, policy_steps, copy_targets)
+
+    state.engine.update = watch
+    state.steps = 44
+    agent.optimize_model(RLState(state, None, RandomKey(1), 0, 0, None))
+    assert len(asked) == 20
+    assert [number for number, copied in enumerate(asked, 1) if copied] == [5, 10, 15, 20]

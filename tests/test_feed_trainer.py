@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from gymnasium import spaces
 
 from angle_rl import checkpoint
 from angle_rl.config import AgentConfig, Hyperparameters, Service, Training
-from angle_rl.feed import FunctionFeed, HistoryFeed, NormalizedFeed
+from angle_rl.feed import FunctionFeed, GymnasiumFeed, HistoryFeed, NormalizedFeed
 from angle_rl.models import SquashedGaussianPolicy, TwinQ
 from angle_rl.trainer import AgentTrainer
 
@@ -159,3 +160,27 @@ def test_the_options_are_checked():
         Training(normalize_rewards=1)
     config = AgentConfig(training=dataclasses.replace(Training(), **BOTH))
     assert AgentConfig.from_toml(config.to_toml()) == AgentConfig.from_json(config.to_json()) == config
+
+
+def test_a_replay_keeps_each_frame_of_a_history_once(tmp_path):
+    class Pictures(gymnasium.Env):
+        observation_space, action_space = spaces.Box(0, 255, (12, 12), np.uint8), BOX
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.now = 0
+            return np.zeros((12, 12), np.uint8), {}
+
+        def step(self, action):
+            self.now += 1
+            return np.full((12, 12), self.now, np.uint8), 0.0, False, self.now == 20, {}
+
+    settings = small(tmp_path, hyperparameters={"observation_history": 3})
+    trainer = AgentTrainer(settings, GymnasiumFeed([Pictures()], factory=Pictures))
+    assert trainer.replay.nbytes - 2**20 < 2 * 12 * 12 * trainer.replay.capacity
+    trainer.train(num_episodes=2, max_iterations=10)
+    batch = trainer.replay.sample(50)
+    shown = batch.observations[:, :, 0, 0].int()
+    newest = shown[:, 2]
+    assert torch.equal(shown, torch.stack([(newest - 2).clamp(0), (newest - 1).clamp(0), newest], 1))
+    assert torch.equal(batch.next_observations[:, 2, 0, 0].int(), newest + 1)

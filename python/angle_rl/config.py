@@ -61,7 +61,7 @@ class Hyperparameters:
     discount: Share = 0.99  # factor per environment step on what comes later
     n_step: Count = 1  # rewards summed before the bootstrap value
     tau: PositiveShare = 0.005  # per update: target <- tau * online + (1 - tau) * target
-    # updates from copy to copy, target <- online, in place of tau's small steps; None: those
+    # environment steps from copy to copy, target <- online, in place of tau's small steps; None: those
     target_update_interval: Count | None = None
     learning_starts: Steps = 1_000  # environment steps of uniform random actions without an update
     updates_per_step: Positive = 1.0  # updates per environment step; 0.5: one every second step

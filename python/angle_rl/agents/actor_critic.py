@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from angle_rl.agents.base import crossings
+from angle_rl.agents.base import crossings, in_updates
 from angle_rl.agents.exploration import Exploration, make_schedule
 from angle_rl.agents.noise import (
     ActionBounds,
@@ -62,9 +62,9 @@ class ActorCritic:
         self._q_future: QFuture = minimum_over_target_critics if q_future is None else q_future
         self._updates_per_step = Fraction(hyperparameters.updates_per_step).limit_denominator(1_000_000)
         interval = hyperparameters.policy_update_interval
-        # The policy's interval counted in updates: exact, also where an update takes several steps.
+        self._copy_every = in_updates(hyperparameters.target_update_interval, self._updates_per_step)
         self._policy_every: int | Fraction | None = (
-            self.policy_delay if interval == "auto" else None if interval is None else interval * self._updates_per_step
+            self.policy_delay if interval == "auto" else in_updates(interval, self._updates_per_step)
         )
         process, scale = hyperparameters.exploration_process, hyperparameters.exploration_noise
         self._noise_process: str = self.default_noise if process == "auto" else process
@@ -241,7 +241,7 @@ class ActorCritic:
         for index in range(first, last):
             update_key, random_key = random_key.split(2)
             policy_steps = crossings(self._policy_every, index, index + 1)
-            copies = crossings(hyperparameters.target_update_interval, state.updates, state.updates + 1) > 0
+            copies = crossings(self._copy_every, state.updates, state.updates + 1) > 0
             count_update(state, state.engine.update(update_key, policy_steps, copies), policy_steps)
         if state.meta is not None and state.last_update is not None:
             for _ in range(crossings(hyperparameters.meta_update_interval, before, state.steps)):
@@ -318,8 +318,11 @@ def make_replay(
     action_space: gymnasium.Space[Any],
     seed: int,
 ) -> ReplayBuffer | PrioritizedReplayBuffer:
-    """The replay that the config asks for."""
+    """The replay that the config asks for. Of stacked images (`observation_history`) it keeps each frame once."""
     hyperparameters = config.hyperparameters
+    history = hyperparameters.observation_history
+    stacked = history > 1 and observation_space.dtype == np.uint8 and len(observation_space.shape or ()) == 3
+    frame_stack = history if stacked else None  # None: the replay's own choice
     if hyperparameters.replay == "uniform":
         return ReplayBuffer(
             hyperparameters.replay_capacity,
@@ -327,6 +330,7 @@ def make_replay(
             action_space=action_space,
             n_step=hyperparameters.n_step,
             discount=hyperparameters.discount,
+            frame_stack=frame_stack,
             seed=seed,
         )
     return PrioritizedReplayBuffer(
@@ -338,6 +342,7 @@ def make_replay(
         priority_epsilon=hyperparameters.priority_epsilon,
         n_step=hyperparameters.n_step,
         discount=hyperparameters.discount,
+        frame_stack=frame_stack,
         seed=seed,
     )
 

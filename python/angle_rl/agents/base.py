@@ -43,6 +43,11 @@ class Agent(Protocol):
         ...
 
 
+def in_updates(interval: int | None, updates_per_step: Fraction) -> Fraction | None:
+    """An interval of environment steps counted in updates: exact, also where an update takes several steps."""
+    return None if interval is None else interval * updates_per_step
+
+
 def crossings(interval: int | Fraction | None, before: int, after: int) -> int:
     """How often an interval fires on the way from `before` to `after`: the multiples in ``(before, after]``.
 

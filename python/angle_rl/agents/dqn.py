@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from angle_rl.agents.actor_critic import adam, as_tensors, check_replay, frozen_copy, make_replay
-from angle_rl.agents.base import crossings
+from angle_rl.agents.base import crossings, in_updates
 from angle_rl.agents.discrete import discrete_actions, epsilon_greedy, first_exploration, random_share, refuse_options
 from angle_rl.agents.noise import seeded_torch
 from angle_rl.agents.state import (
@@ -87,7 +87,7 @@ class DQN:
     The critics are one network ``observations -> q  [batch, actions]``: a `QNetwork` by default (`dueling` or not),
     for observations of any space. Its target is `r + discounts * Q_target(s', a*)`, where a* is the largest action
     of the network itself (`double_q`) or of the target network. Targets move by `tau` with every update, or are
-    copied every `target_update_interval` updates. The share of random actions is `exploration_epsilon` at first and
+    copied every `target_update_interval` steps. The share of random actions is `exploration_epsilon` at first and
     changes as `exploration_schedule` says.
 
     ValueError where a part is passed that it does not have (`policy`, `q_future`), or the actions are not Discrete.
@@ -101,6 +101,7 @@ class DQN:
         self._hyperparameters = config.hyperparameters
         first_exploration(config.hyperparameters)  # refuses what contradicts itself
         self._updates_per_step = Fraction(config.hyperparameters.updates_per_step).limit_denominator(1_000_000)
+        self._copy_every = in_updates(config.hyperparameters.target_update_interval, self._updates_per_step)
 
     # The five callbacks ----------
 
@@ -187,7 +188,7 @@ class DQN:
         last = math.floor(state.steps * self._updates_per_step)
         for _ in range(first, last):
             update_key, random_key = random_key.split(2)
-            copies = crossings(hyperparameters.target_update_interval, state.updates, state.updates + 1) > 0
+            copies = crossings(self._copy_every, state.updates, state.updates + 1) > 0
             count_update(state, state.engine.update(update_key, 0, copies), 0)
         if state.meta is not None and state.last_update is not None:
             for _ in range(crossings(hyperparameters.meta_update_interval, before, state.steps)):
