@@ -1,5 +1,8 @@
 """Feeds against hand-made loops over the same environment: every transition, in every mode."""
 
+import sys
+import types
+
 import gymnasium
 import numpy as np
 import pytest
@@ -438,3 +441,26 @@ def test_actions_of_a_wrong_shape_or_dtype(actions, error):
     state, key = discrete.init(RandomKey(0))
     with pytest.raises(TypeError, match="actions has dtype float64"):
         discrete.step(key, state, np.zeros(1))
+
+
+def test_minatar_is_registered_when_asked_for(monkeypatch):
+    registered = []
+
+    def register():
+        registered.append(True)
+        gymnasium.register("MinAtar/Made-up-v1", entry_point="gymnasium.envs.classic_control:CartPoleEnv")
+
+    package, module = types.ModuleType("minatar"), types.ModuleType("minatar.gym")
+    module.register_envs = register
+    package.gym = module
+    monkeypatch.setitem(sys.modules, "minatar", package)
+    monkeypatch.setitem(sys.modules, "minatar.gym", module)
+    try:
+        for _ in range(2):
+            assert make_feed("MinAtar/Made-up-v1").name == "MinAtar/Made-up-v1"
+        assert registered == [True]
+    finally:
+        gymnasium.registry.pop("MinAtar/Made-up-v1", None)
+    monkeypatch.setitem(sys.modules, "minatar", None)
+    with pytest.raises(ImportError, match="pip install minatar"):
+        make_feed("MinAtar/Breakout-v9")

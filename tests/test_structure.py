@@ -28,7 +28,6 @@ FLOORS = [
     ["models", "encoders"],
     ["function_feed"],
     ["feed"],
-    ["feed_checks"],
     ["envs"],
     ["runs"],
     ["engines"],

@@ -100,6 +100,8 @@ def _name_of_one(make: Callable[[], Environment]) -> str:
 
 
 def _make_registered(source: str | EnvSpec, options: Mapping[str, Any]) -> Environment:
+    if isinstance(source, str) and source.startswith("MinAtar/"):
+        _register_minatar(source)
     try:
         # The checker warns of faults while an environment is being written; it costs more than a small step.
         return gymnasium.make(source, **{"disable_env_checker": True, **options})
@@ -111,6 +113,17 @@ def _make_registered(source: str | EnvSpec, options: Mapping[str, Any]) -> Envir
         nearest = [known[name] for name in difflib.get_close_matches(source.lower(), known, n=3)]
         hint = f"the nearest names: {', '.join(nearest)}" if nearest else "no registered name is like it"
         raise ValueError(f"environment {source!r} cannot be made ({error}); {hint}") from error
+
+
+def _register_minatar(name: str) -> None:
+    """MinAtar's environments are registered by a call of its own. ImportError where it is not installed."""
+    if name in gymnasium.registry:
+        return
+    try:
+        from minatar import gym as minatar
+    except ImportError as error:
+        raise ImportError(f"environment {name!r} needs MinAtar: pip install minatar") from error
+    minatar.register_envs()
 
 
 def _makes(source: Any, options: Mapping[str, Any]) -> bool:

@@ -1,4 +1,6 @@
-"""Conformance kit: puts an agent through the contract of `angle_rl.agents.base`."""
+"""Conformance kits: `check_agent` puts an agent through the contract of `angle_rl.agents.base`, `check_feed` a feed
+through that of `angle_rl.feed.DataFeed`.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ from gymnasium import spaces
 from angle_rl.feed import make_feed
 from angle_rl.spaces import Space
 from angle_rl.testing import acting, learning
+from angle_rl.testing.feeds import check_feed
 from angle_rl.testing.kit import ConformanceError, Kit, NotApplicableError
 from angle_rl.testing.probe import BrokenError, CheckFeed, global_seed
 
-__all__ = ["AgentReport", "CheckFeed", "ConformanceError", "check_agent"]
+__all__ = ["AgentReport", "CheckFeed", "ConformanceError", "check_agent", "check_feed"]
 
 CHECKS: tuple[Callable[[Kit], None], ...] = (
     acting.has_five_callbacks,

@@ -7,7 +7,7 @@ from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from angle_rl.feed import DatasetFeed, FunctionFeed, HistoryFeed, NormalizedFeed, make_feed
-from angle_rl.feed_checks import check_feed
+from angle_rl.testing import check_feed
 
 BOX = spaces.Box(-1.0, 1.0, (1,), np.float32)
 
