@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -31,6 +30,7 @@ from angle_rl.agents.state import (
     export_state,
     import_state,
     insert_stepped,
+    optimize_when_due,
 )
 from angle_rl.config import AgentConfig
 from angle_rl.encoders import EncodedCritics, EncodedPolicy, ObservationEncoder
@@ -231,22 +231,13 @@ class ActorCritic:
         LossNotFiniteError at the third update in a row whose loss is not finite.
         """
         state: ActorCriticState = rl_state.agent_state
-        hyperparameters = self._hyperparameters
-        before, state.learned_steps = state.learned_steps, state.steps
-        if state.steps <= hyperparameters.learning_starts:
-            return rl_state
-        random_key = rl_state.random_key
-        first = math.floor(max(before, hyperparameters.learning_starts) * self._updates_per_step)
-        last = math.floor(state.steps * self._updates_per_step)
-        for index in range(first, last):
-            update_key, random_key = random_key.split(2)
+
+        def update(key: RandomKey, index: int) -> None:
             policy_steps = crossings(self._policy_every, index, index + 1)
             copies = crossings(self._copy_every, state.updates, state.updates + 1) > 0
-            count_update(state, state.engine.update(update_key, policy_steps, copies), policy_steps)
-        if state.meta is not None and state.last_update is not None:
-            for _ in range(crossings(hyperparameters.meta_update_interval, before, state.steps)):
-                state.meta.update_meta_learning_model(state.last_update.batch.observations, state.last_update.q)
-        return rl_state._replace(random_key=random_key)
+            count_update(state, state.engine.update(key, policy_steps, copies), policy_steps)
+
+        return optimize_when_due(rl_state, self._hyperparameters, self._updates_per_step, update)
 
     def export_state(self, state: ActorCriticState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The state as named tensors and JSON-able values, for a checkpoint."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from angle_rl._core import MAX_STREAMS
+from angle_rl.agents.base import crossings
 from angle_rl.agents.exploration import Exploration
 from angle_rl.agents.noise import ActionBounds
+from angle_rl.config import Hyperparameters
 from angle_rl.engines.base import Engine, UpdateResult
 from angle_rl.spaces import row_of
-from angle_rl.types import Array, EnvironmentState, RLState
+from angle_rl.types import Array, EnvironmentState, RandomKey, RLState
 
 SKIPS_ALLOWED = 2
 NOISE = "noise"  # the exploration noise's name in a checkpoint
@@ -113,6 +118,31 @@ def count_update(state: LearnerState, result: UpdateResult, policy_steps: int) -
         which = "critic loss" if result.policy_loss is None else "policy loss"
         value = float(result.critic_loss if result.policy_loss is None else result.policy_loss)
         raise LossNotFiniteError(f"the {which} is {value} in {state.skipped_in_a_row} updates in a row")
+
+
+def optimize_when_due(
+    rl_state: RLState,
+    hyperparameters: Hyperparameters,
+    updates_per_step: Fraction,
+    update: Callable[[RandomKey, int], None],
+) -> RLState:
+    """Call `update(key, index)` for each update that is due since the last call, then the meta steps.
+
+    `index` counts updates from the first environment step on, those left out before `learning_starts` too.
+    """
+    state: LearnerState = rl_state.agent_state
+    before, state.learned_steps = state.learned_steps, state.steps
+    if state.steps <= hyperparameters.learning_starts:
+        return rl_state
+    random_key = rl_state.random_key
+    first = math.floor(max(before, hyperparameters.learning_starts) * updates_per_step)
+    for index in range(first, math.floor(state.steps * updates_per_step)):
+        update_key, random_key = random_key.split(2)
+        update(update_key, index)
+    if state.meta is not None and state.last_update is not None:
+        for _ in range(crossings(hyperparameters.meta_update_interval, before, state.steps)):
+            state.meta.update_meta_learning_model(state.last_update.batch.observations, state.last_update.q)
+    return rl_state._replace(random_key=random_key)
 
 
 COUNTERS = (
