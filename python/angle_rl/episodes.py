@@ -58,7 +58,7 @@ class Episodes:
     def asked_of(self, state: RLState) -> EnvironmentState:
         """What to hand to the feed: environments that have ended are at rest."""
         seen = state.environment_state
-        return seen._replace(stepped=seen.stepped & (self.active | ~(seen.terminated | seen.truncated)))
+        return seen._replace(stepped=seen.stepped & self.active)
 
     def only_active(self, before: RLState, seen: EnvironmentState) -> EnvironmentState:
         """What was seen, of environments that have not ended; the others stand still and have not stepped.
