@@ -65,6 +65,7 @@ class Hyperparameters:
     target_update_interval: Count | None = None
     learning_starts: Steps = 1_000  # environment steps of uniform random actions without an update
     updates_per_step: Positive = 1.0  # updates per environment step; 0.5: one every second step
+    updates_per_call: Count = 1  # updates that one call of the engine takes; >1 waits until so many are due
     # environment steps between policy steps; auto: every update (SAC), every second one (TD3); None: off
     policy_update_interval: Count | Literal["auto"] | None = "auto"
     meta_update_interval: Count | None = None  # environment steps from meta step to meta step; None: off

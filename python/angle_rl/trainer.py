@@ -245,7 +245,8 @@ class AgentTrainer:
                 # Only the agent's part is its own to give: the rest is what was seen.
                 state = following._replace(agent_state=state.agent_state)
                 self.steps += int(seen.stepped.sum())
-                state = self._learn(state)  # sample, target, critic step; policy and meta step where due
+                # sample, target, critic step; policy and meta step where due
+                state = self._learn(state, self.agent.optimize_model)
                 if episodes is not None:
                     episodes.note(state)
                 state = self._end_episodes(state._replace(iteration=state.iteration + 1), run, episodes)
@@ -316,9 +317,9 @@ class AgentTrainer:
             raise
         return seen
 
-    def _learn(self, state: RLState) -> RLState:
+    def _learn(self, state: RLState, learn: Callable[[RLState], RLState]) -> RLState:
         try:
-            return self.agent.optimize_model(state)
+            return learn(state)
         except LossNotFiniteError as error:
             good = "there is no checkpoint yet" if self._last_checkpoint is None else self._last_checkpoint
             raise LossNotFiniteError(f"{error}; the last good checkpoint: {good}") from error
@@ -371,6 +372,9 @@ class AgentTrainer:
         return metrics
 
     def _finish(self, run: runs.Run, interrupted: bool) -> Evaluation | None:
+        finish_updates = getattr(self.agent, "finish_updates", None)
+        if finish_updates is not None and not interrupted:
+            self._rl_state = self._learn(self._rl_state, finish_updates)
         evaluation = None if interrupted else self._evaluate_into(run)
         self._save_to(run)
         run.plot()

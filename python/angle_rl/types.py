@@ -129,3 +129,10 @@ class UpdateSpec:
     prioritized: bool  # whether new priorities are written back
     # targets move with every "update", with every "policy" step only, or are "copies" made when the caller says so
     targets_follow: str
+    # The equations, for engines that have them themselves; "other": only the update's callables know them.
+    # What bootstraps: "soft" (SAC), "smoothed" (TD3), "deterministic" (DDPG), "double" or "maximum" (DQN), "other"
+    next_value: str = "other"
+    policy_loss: str = "other"  # what the policy descends: "soft", "deterministic" (TD3, DDPG), "none" (DQN), "other"
+    target_noise: float = 0.0  # "smoothed", deviation of the noise on the target policy's actions, in half ranges, >= 0
+    target_noise_clip: float = 0.0  # "smoothed", that noise is clipped to this either way, in half ranges, >= 0
+    target_entropy: float | None = None  # what a learned entropy coefficient aims at, nats; None: it is not learned

@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from angle_rl.agents.base import crossings, in_updates
+from angle_rl.agents.base import crossings, in_updates, known_as, name_of
 from angle_rl.agents.exploration import Exploration, make_schedule
 from angle_rl.agents.noise import (
     ActionBounds,
@@ -26,7 +26,6 @@ from angle_rl.agents.noise import (
 from angle_rl.agents.state import (
     ActorCriticState,
     begin_streams,
-    count_update,
     export_state,
     import_state,
     insert_stepped,
@@ -35,7 +34,7 @@ from angle_rl.agents.state import (
 from angle_rl.config import AgentConfig
 from angle_rl.encoders import EncodedCritics, EncodedPolicy, ObservationEncoder
 from angle_rl.engines import make_engine
-from angle_rl.engines.base import NextValues, PolicyLoss, Update
+from angle_rl.engines.base import Bounds, NextValues, PolicyLoss, Update
 from angle_rl.models import TwinQ
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
 from angle_rl.types import Array, Batch, EnvironmentState, RandomKey, RLState, UpdateSpec
@@ -45,6 +44,9 @@ FIRST_SCALE = {"none": 0.0, "gaussian": 0.1, "ou": 0.2}
 
 QFuture = Callable[[torch.nn.Module, Any, torch.Tensor], torch.Tensor]
 """``f(target_critics, next_observations, next_actions)`` -> ``[batch]``, or ``[critics, batch]`` (minimum)"""
+
+AFTER_POLICY_STEP = {"soft": "entropy", "deterministic": "nothing"}
+"""What follows a policy step under each policy loss that engines know"""
 
 
 class ActorCritic:
@@ -130,8 +132,13 @@ class ActorCritic:
         """What a policy step descends."""
         raise TypeError(f"{type(self).__name__} does not define policy_loss")
 
+    @known_as("nothing")
     def after_policy_step(self, state: ActorCriticState, learned: PolicyLoss) -> None:
         """What follows a policy step."""
+
+    def target_entropy(self, bounds: ActionBounds) -> float | None:
+        """What a learned entropy coefficient aims at, in nats; None where none is learned."""
+        return None
 
     def finish_init(self, state: ActorCriticState) -> None:
         """What a subclass adds to the first state."""
@@ -184,7 +191,7 @@ class ActorCritic:
             exploration=Exploration(self._schedule),
         )
         self.finish_init(state)
-        state.engine = make_engine(self._spec(), self._update_parts(state))
+        state.engine = make_engine(self._spec(state), self._update_parts(state))
         return state, random_key
 
     def reset(self, random_key: RandomKey, rl_state: RLState) -> tuple[ActorCriticState, RandomKey]:
@@ -230,14 +237,11 @@ class ActorCritic:
 
         LossNotFiniteError at the third update in a row whose loss is not finite.
         """
-        state: ActorCriticState = rl_state.agent_state
+        return optimize_when_due(rl_state, self._hyperparameters, self._updates_per_step, self._plan)
 
-        def update(key: RandomKey, index: int) -> None:
-            policy_steps = crossings(self._policy_every, index, index + 1)
-            copies = crossings(self._copy_every, state.updates, state.updates + 1) > 0
-            count_update(state, state.engine.update(key, policy_steps, copies), policy_steps)
-
-        return optimize_when_due(rl_state, self._hyperparameters, self._updates_per_step, update)
+    def finish_updates(self, rl_state: RLState) -> RLState:
+        """The updates that wait for `updates_per_call`, taken now. Raises as `optimize_model`."""
+        return optimize_when_due(rl_state, self._hyperparameters, self._updates_per_step, self._plan, finish=True)
 
     def export_state(self, state: ActorCriticState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The state as named tensors and JSON-able values, for a checkpoint."""
@@ -249,6 +253,7 @@ class ActorCritic:
 
     # Helpers ----------
 
+    @known_as("minimum")
     def future_q(self, state: ActorCriticState, batch: Batch, next_actions: torch.Tensor) -> torch.Tensor:
         """`q_future` at the batch's next observations, ``[critics, batch]``."""
         q = self._q_future(state.target_critics, batch.next_observations, next_actions)
@@ -257,8 +262,18 @@ class ActorCritic:
             raise ValueError(f"q_future gave shape {list(q.shape)}; it must be [{size}] or [critics, {size}]")
         return q.unsqueeze(0) if q.dim() == 1 else q
 
-    def _spec(self) -> UpdateSpec:
+    def _plan(self, index: int, updates: int) -> tuple[int, bool]:
+        copies = crossings(self._copy_every, updates, updates + 1) > 0
+        return crossings(self._policy_every, index, index + 1), copies
+
+    def _spec(self, state: ActorCriticState) -> UpdateSpec:
         hyperparameters = self._hyperparameters
+        next_value, policy_loss = name_of(self.next_values), name_of(self.policy_loss)
+        if name_of(self.future_q) != "minimum" or self._q_future is not minimum_over_target_critics:
+            next_value = "other"
+        if AFTER_POLICY_STEP.get(policy_loss) != name_of(self.after_policy_step):
+            policy_loss = "other"
+        smoothed = next_value == "smoothed"
         follow = "policy" if self.delays_targets and self._policy_every is not None else "update"
         if hyperparameters.target_update_interval is not None:
             follow = "copies"
@@ -270,22 +285,31 @@ class ActorCritic:
             policy_batch=hyperparameters.policy_batch,
             prioritized=hyperparameters.replay == "prioritized",
             targets_follow=follow,
+            next_value=next_value,
+            policy_loss=policy_loss,
+            target_noise=hyperparameters.target_noise if smoothed else 0.0,
+            target_noise_clip=hyperparameters.target_noise_clip if smoothed else 0.0,
+            target_entropy=self.target_entropy(state.bounds),
         )
 
     def _update_parts(self, state: ActorCriticState) -> Update:
-        targets = [(state.target_critics, state.critics)]
-        if state.target_policy is not None:
-            targets.append((state.target_policy, state.policy))
+        bounds = state.bounds
         return Update(
             replay=state.replay,
             critics=state.critics,
-            targets=tuple(targets),
-            critics_optimizer=state.optimizers["critics"],
-            policy_optimizer=state.optimizers["policy"],
+            target_critics=state.target_critics,
+            policy=state.policy,
+            target_policy=state.target_policy,
+            optimizers=state.optimizers,
+            device=state.device,
+            bounds=Bounds(bounds.low, bounds.high, bounds.half_range),
+            log_entropy_coefficient=state.log_entropy_coefficient,
+            q_values=state.critics,
             next_values=lambda batch, key: self.next_values(state, batch, key),
             policy_loss=lambda batch, key: self.policy_loss(state, batch, key),
             after_policy_step=lambda learned: self.after_policy_step(state, learned),
-            device=state.device,
+            entropy_coefficient=lambda: state.entropy_coefficient,
+            set_entropy_coefficient=state.set_entropy_coefficient,
         )
 
 

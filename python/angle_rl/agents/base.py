@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from angle_rl.types import Array, RandomKey, RLState
 
@@ -41,6 +42,26 @@ class Agent(Protocol):
     def optimize_model(self, rl_state: RLState) -> RLState:
         """Learn, if it is time to. Called after every step; the agent decides."""
         ...
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+_MARK = "known_as"
+
+
+def known_as(name: str) -> Callable[[Method], Method]:
+    """Marks a method as the equation that engines know as `name`. A method that replaces it has no such mark."""
+
+    def mark(method: Method) -> Method:
+        setattr(method, _MARK, name)
+        return method
+
+    return mark
+
+
+def name_of(method: Callable[..., Any]) -> str:
+    """What `known_as` says of a method; "other" where it says nothing."""
+    name: str = getattr(method, _MARK, "other")
+    return name
 
 
 def in_updates(interval: int | None, updates_per_step: Fraction) -> Fraction | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from angle_rl.agents.actor_critic import ActorCritic
+from angle_rl.agents.base import known_as
 from angle_rl.agents.noise import ActionBounds, policy_actions
 from angle_rl.agents.state import ActorCriticState
 from angle_rl.engines.base import NextValues, PolicyLoss
@@ -31,6 +32,7 @@ class DDPG(ActorCritic):
         """A deterministic policy."""
         return DeterministicPolicy(observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes)
 
+    @known_as("deterministic")
     def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
         """The target critic at the target policy's actions: Q'(s', mu'(s'))."""
         policy = state.policy if state.target_policy is None else state.target_policy
@@ -38,6 +40,7 @@ class DDPG(ActorCritic):
         actions, _ = policy_actions(policy, batch.next_observations, shape, key, deterministic=True)
         return NextValues(self.future_q(state, batch, actions), None, 0.0)
 
+    @known_as("deterministic")
     def policy_loss(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> PolicyLoss:
         """The deterministic policy gradient: -mean Q(s, mu(s))."""
         return deterministic_policy_loss(state, batch, key)

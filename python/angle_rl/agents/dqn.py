@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
 
 from angle_rl.agents.actor_critic import adam, as_tensors, check_replay, frozen_copy, make_replay
-from angle_rl.agents.base import crossings, in_updates
+from angle_rl.agents.base import crossings, in_updates, known_as, name_of
 from angle_rl.agents.discrete import discrete_actions, epsilon_greedy, first_exploration, random_share, refuse_options
 from angle_rl.agents.noise import seeded_torch
 from angle_rl.agents.state import (
     LearnerState,
     begin_streams,
-    count_update,
     export_state,
     import_state,
     insert_stepped,
@@ -57,19 +57,11 @@ class GreedyPolicy(torch.nn.Module):
         return actions, torch.zeros(len(actions), device=actions.device)
 
 
-class TakenQ(torch.nn.Module):
-    """What an engine takes for critics: the values of the actions taken, out of those of all."""
-
-    def __init__(self, critics: torch.nn.Module, first_action: int) -> None:
-        super().__init__()
-        self.critics = critics
-        self.first_action = first_action
-
-    def forward(self, observations: Any, actions: torch.Tensor) -> torch.Tensor:
-        """Observations and ``[batch]`` actions -> q, ``[1, batch]``."""
-        columns = actions.to(torch.int64).unsqueeze(1) - self.first_action
-        q: torch.Tensor = self.critics(observations).gather(1, columns)
-        return q.t()
+def taken_q(critics: torch.nn.Module, first_action: int, observations: Any, actions: torch.Tensor) -> torch.Tensor:
+    """The values of the actions taken ``[batch]``, out of those of all: q, ``[1, batch]``."""
+    columns = actions.to(torch.int64).unsqueeze(1) - first_action
+    q: torch.Tensor = critics(observations).gather(1, columns)
+    return q.t()
 
 
 @dataclass(kw_only=True)
@@ -178,13 +170,11 @@ class DQN:
 
         LossNotFiniteError at the third update in a row whose loss is not finite.
         """
-        state: DQNState = rl_state.agent_state
+        return optimize_when_due(rl_state, self._hyperparameters, self._updates_per_step, self._plan)
 
-        def update(key: RandomKey, index: int) -> None:
-            copies = crossings(self._copy_every, state.updates, state.updates + 1) > 0
-            count_update(state, state.engine.update(key, 0, copies), 0)
-
-        return optimize_when_due(rl_state, self._hyperparameters, self._updates_per_step, update)
+    def finish_updates(self, rl_state: RLState) -> RLState:
+        """The updates that wait for `updates_per_call`, taken now. Raises as `optimize_model`."""
+        return optimize_when_due(rl_state, self._hyperparameters, self._updates_per_step, self._plan, finish=True)
 
     def export_state(self, state: DQNState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The state as named tensors and JSON-able values, for a checkpoint."""
@@ -196,6 +186,7 @@ class DQN:
 
     # The equations ----------
 
+    @known_as("greedy")
     def next_values(self, state: DQNState, batch: Batch) -> NextValues:
         """Q_target(s', a*), ``[1, batch]``: van Hasselt et al. 2016, equation 4, or Mnih et al. 2015 without it."""
         q = state.target_critics(batch.next_observations)
@@ -209,8 +200,12 @@ class DQN:
 
     # Helpers ----------
 
+    def _plan(self, index: int, updates: int) -> tuple[int, bool]:
+        return 0, crossings(self._copy_every, updates, updates + 1) > 0
+
     def _spec(self) -> UpdateSpec:
         hyperparameters = self._hyperparameters
+        greedy = "double" if hyperparameters.double_q else "maximum"
         return UpdateSpec(
             batch_size=hyperparameters.batch_size,
             tau=hyperparameters.tau,
@@ -219,20 +214,26 @@ class DQN:
             policy_batch="critic",
             prioritized=hyperparameters.replay == "prioritized",
             targets_follow="update" if hyperparameters.target_update_interval is None else "copies",
+            next_value=greedy if name_of(self.next_values) == "greedy" else "other",
+            policy_loss="none",
         )
 
     def _update_parts(self, state: DQNState) -> Update:
-        optimizer = state.optimizers["critics"]
         return Update(
             replay=state.replay,
-            critics=TakenQ(state.critics, state.first_action),
-            targets=((state.target_critics, state.critics),),
-            critics_optimizer=optimizer,
-            policy_optimizer=optimizer,  # never stepped for a policy: there are no policy steps
+            critics=state.critics,
+            target_critics=state.target_critics,
+            policy=None,
+            target_policy=None,
+            optimizers=state.optimizers,
+            device=state.device,
+            first_action=state.first_action,
+            q_values=partial(taken_q, state.critics, state.first_action),
             next_values=lambda batch, _: self.next_values(state, batch),
             policy_loss=_no_policy_loss,
             after_policy_step=lambda _: None,
-            device=state.device,
+            entropy_coefficient=lambda: None,
+            set_entropy_coefficient=_no_entropy_coefficient,
         )
 
 
@@ -243,3 +244,7 @@ def _check_q(q: torch.Tensor, batch: int, actions: int) -> None:
 
 def _no_policy_loss(batch: Batch, key: RandomKey) -> PolicyLoss:
     raise TypeError("DQN has no policy loss")
+
+
+def _no_entropy_coefficient(coefficient: torch.Tensor) -> None:
+    raise TypeError("DQN has no entropy coefficient")

@@ -7,6 +7,7 @@ import math
 import torch
 
 from angle_rl.agents.actor_critic import ActorCritic, adam
+from angle_rl.agents.base import known_as
 from angle_rl.agents.noise import ActionBounds, policy_actions
 from angle_rl.agents.state import ActorCriticState
 from angle_rl.config import Hyperparameters
@@ -31,6 +32,7 @@ class SAC(ActorCritic):
         """The entropy coefficient: a parameter and its optimiser if learned, otherwise a constant."""
         start_entropy_coefficient(state, self._hyperparameters)
 
+    @known_as("soft")
     def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
         """The soft value of the next observations, equation 3: min Q(s', a') - alpha log pi(a'|s')."""
         next_actions, log_prob = policy_actions(
@@ -42,6 +44,7 @@ class SAC(ActorCritic):
             _required(state.entropy_coefficient),
         )
 
+    @known_as("soft")
     def policy_loss(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> PolicyLoss:
         """Equation 9: mean of alpha log pi(a|s) - min Q(s, a), with a from the policy."""
         actions, log_prob = policy_actions(
@@ -52,11 +55,17 @@ class SAC(ActorCritic):
         smallest = torch.minimum(q[0], q[1]) if len(q) == 2 else q.min(0).values
         return PolicyLoss((_required(state.entropy_coefficient) * log_prob - smallest).mean(), log_prob)
 
+    @known_as("entropy")
     def after_policy_step(self, state: ActorCriticState, learned: PolicyLoss) -> None:
         """Equation 18, on the log-probabilities of the policy's own loss."""
+        learn_entropy_coefficient(state, _required(learned.log_prob), self.target_entropy(state.bounds))
+
+    def target_entropy(self, bounds: ActionBounds) -> float | None:
+        """The config's, or -(action dimensions); None where the coefficient is fixed."""
         target = self._hyperparameters.target_entropy
-        target = -float(math.prod(state.bounds.shape)) if target is None else target
-        learn_entropy_coefficient(state, _required(learned.log_prob), target)
+        if self._hyperparameters.entropy_coefficient != "auto":
+            return None
+        return -float(math.prod(bounds.shape)) if target is None else target
 
 
 def start_entropy_coefficient(state: ActorCriticState, hyperparameters: Hyperparameters) -> None:
@@ -73,13 +82,13 @@ def start_entropy_coefficient(state: ActorCriticState, hyperparameters: Hyperpar
     )
 
 
-def learn_entropy_coefficient(state: ActorCriticState, log_prob: torch.Tensor, target_entropy: float) -> None:
+def learn_entropy_coefficient(state: ActorCriticState, log_prob: torch.Tensor, target_entropy: float | None) -> None:
     """One step of the coefficient, in its logarithm, if it is learned; ``log_prob`` is ``[batch]``.
 
     The loss is -log(alpha) * mean(log pi + target entropy): its gradient needs no backward pass.
     """
     log_coefficient = state.log_entropy_coefficient
-    if log_coefficient is None:
+    if log_coefficient is None or target_entropy is None:
         return
     log_coefficient.grad = -(log_prob.detach().mean() + target_entropy)
     state.optimizers["entropy_coefficient"].step()

@@ -190,11 +190,14 @@ class DiscreteSAC(ActorCritic):
     def after_policy_step(self, state: ActorCriticState, learned: PolicyLoss) -> None:
         """Equation 11: the coefficient grows while the entropy is below its target."""
         if learned.log_prob is not None:
-            target = self._hyperparameters.target_entropy
-            largest = math.log(_number_of_actions(state.bounds))
-            learn_entropy_coefficient(
-                state, learned.log_prob, TARGET_ENTROPY_SHARE * largest if target is None else target
-            )
+            learn_entropy_coefficient(state, learned.log_prob, self.target_entropy(state.bounds))
+
+    def target_entropy(self, bounds: ActionBounds) -> float | None:
+        """The config's, or a share of the largest there is; None where the coefficient is fixed."""
+        target = self._hyperparameters.target_entropy
+        if self._hyperparameters.entropy_coefficient != "auto":
+            return None
+        return TARGET_ENTROPY_SHARE * math.log(_number_of_actions(bounds)) if target is None else target
 
     def _coefficient(self, state: ActorCriticState) -> Tensor | float:
         return 0.0 if state.entropy_coefficient is None else state.entropy_coefficient

@@ -44,6 +44,7 @@ class LearnerState:
     steps: int = 0  # transitions recorded
     first_stream: int = 0  # the replay's stream of the first environment
     learned_steps: int = 0  # what `steps` was when optimize_model last ran
+    held_back: int = 0  # updates that were due then and wait for more, to be taken in one call
     updates: int = 0  # updates taken
     policy_updates: int = 0  # policy steps taken
     skipped_updates: int = 0  # updates left out for a loss that was not finite
@@ -65,6 +66,10 @@ class ActorCriticState(LearnerState):
     noise: torch.Tensor | None = None  # [n, *action_shape], Ornstein-Uhlenbeck noise, in halves of the action range
     log_entropy_coefficient: torch.Tensor | None = None  # scalar, SAC's parameter; None: fixed, or no entropy term
     entropy_coefficient: torch.Tensor | None = None  # scalar, its exponential, without gradient
+
+    def set_entropy_coefficient(self, coefficient: torch.Tensor) -> None:
+        """Take a new coefficient, a scalar without gradient."""
+        self.entropy_coefficient = coefficient
 
 
 def begin_streams(state: LearnerState, seen: EnvironmentState) -> None:
@@ -120,29 +125,51 @@ def count_update(state: LearnerState, result: UpdateResult, policy_steps: int) -
         raise LossNotFiniteError(f"the {which} is {value} in {state.skipped_in_a_row} updates in a row")
 
 
-def optimize_when_due(
-    rl_state: RLState,
-    hyperparameters: Hyperparameters,
-    updates_per_step: Fraction,
-    update: Callable[[RandomKey, int], None],
-) -> RLState:
-    """Call `update(key, index)` for each update that is due since the last call, then the meta steps.
+Plan = Callable[[int, int], tuple[int, bool]]
+"""``f(index, updates)`` -> how many policy steps an update takes, and whether it copies the targets. `index` counts
+updates from the first environment step on, those left out before `learning_starts` too; `updates` those taken before.
+"""
 
-    `index` counts updates from the first environment step on, those left out before `learning_starts` too.
+
+def optimize_when_due(
+    rl_state: RLState, hyperparameters: Hyperparameters, updates_per_step: Fraction, plan: Plan, *, finish: bool = False
+) -> RLState:
+    """The updates that are due since the last call, `updates_per_call` of them at a time, then the meta steps.
+
+    Fewer than that wait for the next call, if this is not to `finish`.
     """
     state: LearnerState = rl_state.agent_state
     before, state.learned_steps = state.learned_steps, state.steps
     if state.steps <= hyperparameters.learning_starts:
         return rl_state
     random_key = rl_state.random_key
-    first = math.floor(max(before, hyperparameters.learning_starts) * updates_per_step)
-    for index in range(first, math.floor(state.steps * updates_per_step)):
-        update_key, random_key = random_key.split(2)
-        update(update_key, index)
+    first = math.floor(max(before, hyperparameters.learning_starts) * updates_per_step) - state.held_back
+    last = math.floor(state.steps * updates_per_step)
+    at_a_time = hyperparameters.updates_per_call
+    state.held_back = 0 if finish else (last - first) % at_a_time
+    last -= state.held_back
+    for index in range(first, last, at_a_time):
+        keys = []
+        for _ in range(index, min(index + at_a_time, last)):
+            update_key, random_key = random_key.split(2)
+            keys.append(update_key)
+        _take_updates(state, keys, index, plan)
     if state.meta is not None and state.last_update is not None:
         for _ in range(crossings(hyperparameters.meta_update_interval, before, state.steps)):
             state.meta.update_meta_learning_model(state.last_update.batch.observations, state.last_update.q)
     return rl_state._replace(random_key=random_key)
+
+
+def _take_updates(state: LearnerState, keys: list[RandomKey], index: int, plan: Plan) -> None:
+    """So many updates, the first numbered `index`, in one call of the engine. After one that is skipped the rest are
+    planned anew, since it does not count.
+    """
+    done = 0
+    while done < len(keys):
+        calls = [(key, *plan(index + done + n, state.updates + n)) for n, key in enumerate(keys[done:])]
+        for result, (_, policy_steps, _) in zip(state.engine.update_many(calls), calls, strict=False):
+            done += 1
+            count_update(state, result, policy_steps)
 
 
 COUNTERS = (
@@ -155,6 +182,8 @@ COUNTERS = (
     "skipped_in_a_row",
     "policy_skipped",
 )
+LATER_COUNTERS = ("held_back",)
+"""Counters that older checkpoints do not have: 0 there"""
 
 
 def export_state(state: LearnerState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -168,7 +197,7 @@ def export_state(state: LearnerState) -> tuple[dict[str, torch.Tensor], dict[str
     if isinstance(state, ActorCriticState) and state.noise is not None:
         tensors[NOISE] = state.noise
     return tensors, {
-        "counters": {name: getattr(state, name) for name in COUNTERS},
+        "counters": {name: getattr(state, name) for name in (*COUNTERS, *LATER_COUNTERS)},
         "exploration": state.exploration.export_state(),
         "replay": replay,
     }
@@ -192,7 +221,7 @@ def import_state(state: LearnerState, tensors: dict[str, torch.Tensor], values: 
     missing = [name for name in COUNTERS if name not in values.get("counters", {})]
     if missing or "replay" not in values:
         raise ValueError(f"the checkpoint has no {missing[0] if missing else 'replay'}; it belongs to another agent")
-    counters = {name: int(values["counters"][name]) for name in COUNTERS}
+    counters = {name: int(values["counters"].get(name, 0)) for name in (*COUNTERS, *LATER_COUNTERS)}
     exploration = Exploration(state.exploration.schedule)
     if "exploration" in values:
         exploration.import_state(values["exploration"])

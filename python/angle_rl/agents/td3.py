@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from angle_rl.agents.actor_critic import ActorCritic
+from angle_rl.agents.base import known_as
 from angle_rl.agents.ddpg import deterministic_policy_loss
 from angle_rl.agents.noise import ActionBounds, noisy_actions, policy_actions
 from angle_rl.agents.state import ActorCriticState
@@ -27,6 +28,7 @@ class TD3(ActorCritic):
         """A deterministic policy."""
         return DeterministicPolicy(observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes)
 
+    @known_as("smoothed")
     def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
         """The target critics at the target policy's actions with clipped noise, algorithm 1."""
         policy_key, noise_key = key.split(2)
@@ -42,6 +44,7 @@ class TD3(ActorCritic):
         )
         return NextValues(self.future_q(state, batch, actions), None, 0.0)
 
+    @known_as("deterministic")
     def policy_loss(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> PolicyLoss:
         """The deterministic policy gradient through the first critic: -mean Q1(s, pi(s))."""
         return deterministic_policy_loss(state, batch, key)

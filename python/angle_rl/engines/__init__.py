@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from angle_rl.engines.base import Engine, NextValues, PolicyLoss, Update, UpdateResult
+from angle_rl.engines.base import Bounds, Engine, NextValues, PolicyLoss, Update, UpdateResult
 from angle_rl.engines.torch import TorchEngine
 from angle_rl.types import UpdateSpec
 
-__all__ = ["Engine", "NextValues", "PolicyLoss", "Update", "UpdateResult", "describe_engine", "make_engine"]
+__all__ = [
+    "Bounds",
+    "Engine",
+    "NextValues",
+    "PolicyLoss",
+    "TorchEngine",
+    "Update",
+    "UpdateResult",
+    "describe_engine",
+    "make_engine",
+]
 
 
 def make_engine(spec: UpdateSpec, update: Update) -> Engine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -26,23 +26,44 @@ class PolicyLoss(NamedTuple):
     log_prob: torch.Tensor | None  # [batch], of the actions that the loss was taken at
 
 
+class Bounds(NamedTuple):
+    """The bounds of continuous actions, each ``[*action_shape]``."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+    half_range: torch.Tensor  # (high - low) / 2, the unit of the target noise
+
+
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """The parts of one actor-critic update: the networks and what the agent says about them."""
+    """The parts of one actor-critic update: what learns, and what the agent says about it.
+
+    The callables are the equations; the objects beside them are what these compute with, for an engine that has the
+    equations itself (see the spec's `next_value` and `policy_loss`).
+    """
 
     replay: Any  # a ReplayBuffer or PrioritizedReplayBuffer
-    critics: torch.nn.Module  # (observations, actions) -> q  [critics, batch]
-    targets: tuple[tuple[torch.nn.Module, torch.nn.Module], ...]  # pairs (target, online)
-    critics_optimizer: torch.optim.Optimizer
-    policy_optimizer: torch.optim.Optimizer
+    critics: torch.nn.Module  # what learns, of any form
+    target_critics: torch.nn.Module  # their slow copy
+    policy: torch.nn.Module | None  # None: no policy learns (DQN)
+    target_policy: torch.nn.Module | None  # its slow copy; None: there is none
+    optimizers: Mapping[str, torch.optim.Optimizer]  # "critics", "policy", "entropy_coefficient" where there is one
+    device: torch.device
+    bounds: Bounds | None = None  # None: the actions are not continuous
+    first_action: int | None = None  # what column 0 of the critics stands for, where they value all actions at once
+    log_entropy_coefficient: torch.Tensor | None = None  # scalar parameter; None: not learned
+    # The equations:
+    q_values: Callable[[Any, torch.Tensor], torch.Tensor]  # observations and actions -> q  [critics, batch]
     next_values: Callable[[Batch, RandomKey], NextValues]
     policy_loss: Callable[[Batch, RandomKey], PolicyLoss]
     after_policy_step: Callable[[PolicyLoss], None]  # runs after each policy step, e.g. the entropy coefficient's
-    device: torch.device
+    # The entropy coefficient that the agent acts with: a scalar without gradient, or None where there is none
+    entropy_coefficient: Callable[[], torch.Tensor | None]
+    set_entropy_coefficient: Callable[[torch.Tensor], None]
 
 
 class UpdateResult(NamedTuple):
-    """What an update leaves for the caller. Tensors carry no gradient."""
+    """What an update leaves for the caller. Tensors carry no gradient, and hold until the engine's next update."""
 
     finite: bool  # False: a loss was NaN or infinite, and what it would have changed was left alone
     batch: Batch  # what the critics learned on
@@ -61,5 +82,13 @@ class Engine(Protocol):
         """One critic step, then `policy_steps` policy steps, then the targets.
 
         `copy_targets` is read where the spec's `targets_follow` is "copies": target <- online.
+        """
+        ...
+
+    def update_many(self, calls: Sequence[tuple[RandomKey, int, bool]]) -> Iterator[UpdateResult]:
+        """The results of updates with these arguments, in order; exhaust it.
+
+        It ends early, after the first update that is not finite: those behind it have not been begun, since their
+        arguments may depend on how many were taken.
         """
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -20,10 +21,13 @@ class TorchEngine:
         self._spec = spec
         self._update = update
         self._critic_parameters = [p for p in update.critics.parameters() if p.requires_grad]
-        self._targets = [p.detach() for target, _ in update.targets for p in target.parameters()]
-        self._online = [p.detach() for _, online in update.targets for p in online.parameters()]
-        self._target_buffers = [b for target, _ in update.targets for b in target.buffers()]
-        self._online_buffers = [b for _, online in update.targets for b in online.buffers()]
+        pairs = [(update.target_critics, update.critics)]
+        if update.target_policy is not None and update.policy is not None:
+            pairs.append((update.target_policy, update.policy))
+        self._targets = [p.detach() for target, _ in pairs for p in target.parameters()]
+        self._online = [p.detach() for _, online in pairs for p in online.parameters()]
+        self._target_buffers = [b for target, _ in pairs for b in target.buffers()]
+        self._online_buffers = [b for _, online in pairs for b in online.buffers()]
         self._sample_device = None if update.device.type == "cpu" else update.device
 
     def update(self, random_key: RandomKey, policy_steps: int, copy_targets: bool = False) -> UpdateResult:
@@ -39,7 +43,7 @@ class TorchEngine:
         with torch.no_grad():
             future = update.next_values(batch, target_key)
             td_target = ops.twin_q_target(batch.rewards, batch.discounts, *future)
-        q = update.critics(batch.observations, batch.actions)
+        q = update.q_values(batch.observations, batch.actions)
         weights = batch.importance_weights if spec.prioritized else None
         critic_loss, td_error = ops.twin_q_loss(q, td_target, weights, huber_delta=spec.huber_delta)
         result = UpdateResult(
@@ -52,7 +56,7 @@ class TorchEngine:
         )
         if not result.finite:
             return result
-        self._descend(critic_loss, update.critics_optimizer)
+        self._descend(critic_loss, update.optimizers["critics"])
 
         for key in policy_keys:
             learned = self._policy_step(batch if spec.policy_batch == "critic" else self._sample(), key)
@@ -71,6 +75,14 @@ class TorchEngine:
                 target.copy_(online)  # running statistics and constants: taken over, not averaged
         return result
 
+    def update_many(self, calls: Sequence[tuple[RandomKey, int, bool]]) -> Iterator[UpdateResult]:
+        """One update after the other, each when its result is asked for."""
+        for call in calls:
+            result = self.update(*call)
+            yield result
+            if not result.finite:
+                return
+
     def _sample(self) -> Batch:
         batch: Batch = self._update.replay.sample(self._spec.batch_size, device=self._sample_device)
         return batch
@@ -82,7 +94,7 @@ class TorchEngine:
         try:
             learned = self._update.policy_loss(batch, key)
             if _is_finite(learned.loss):
-                self._descend(learned.loss, self._update.policy_optimizer)
+                self._descend(learned.loss, self._update.optimizers["policy"])
         finally:
             for parameter in self._critic_parameters:
                 parameter.requires_grad_(True)
