@@ -413,6 +413,8 @@ class PyPrefetch {
 
 }  // namespace
 
+std::shared_ptr<Replay> replay_of(py::handle core) { return core.cast<const PyReplay&>().replay(); }
+
 void bind_replay(py::module_& m) {
   m.attr("MAX_STREAMS") = kStreams;
   bind_race(m);

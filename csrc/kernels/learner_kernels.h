@@ -13,9 +13,18 @@ namespace angle {
 
 enum class Activation : int { kNone, kRelu, kTanh, kSilu, kGelu };  // kGelu: the exact one, by erf
 
-// Rows that a kernel may read beyond a matrix's last column: to the next multiple of this many elements. What lies there
-// is finite and has no effect.
+// Rows that a kernel may read beyond a matrix's last column: to the next multiple of this many elements. What lies
+// there is finite and has no effect.
 constexpr size_t kColumnMultiple = 16;
+
+// The pitch that a workspace's matrix of so many columns takes: whole cache lines, and an odd number of them, so that
+// the rows of a column spread over all sets of the first-level cache.
+template <typename T>
+constexpr size_t padded_pitch(size_t columns) {
+  constexpr size_t kLine = 64 / sizeof(T);
+  const size_t whole = (columns + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
+  return whole / kLine % 2 == 0 ? whole + kLine : whole;
+}
 
 // c[i, j] = f(sum over l of a(i, l) * b[l, j]), i < m, j < n, l < k, with a(i, l) = a[i * a_row + l * a_step].
 template <typename T>
@@ -38,29 +47,29 @@ struct Product {
 // where the decay is decoupled. Arithmetic as torch.optim.Adam's.
 template <typename T>
 struct AdamStep {
-  T* parameters;             // [n], changed
-  const T* gradients;        // [n]
-  T* first;                  // [n], the mean of gradients, changed
-  T* second;                 // [n], the mean of their squares, changed
+  T* parameters;       // [n], changed
+  const T* gradients;  // [n]
+  T* first;            // [n], the mean of gradients, changed
+  T* second;           // [n], the mean of their squares, changed
   size_t n;
-  double gradient_scale;     // gradients are taken times this
+  double gradient_scale;  // gradients are taken times this
   double learning_rate, beta1, beta2, epsilon, weight_decay;
-  bool decoupled;            // AdamW's decay
-  double step;               // this step's number, from 1
+  bool decoupled;  // AdamW's decay
+  double step;     // this step's number, from 1
 };
 
 template <typename T>
 struct LayerNorm {  // over features, each column by itself: y = (x - mean) / sqrt(variance + epsilon) * scale + shift
   const T* x;       // [features, batch]
   size_t x_row;
-  const T* scale;   // [features], optional: ones
-  const T* shift;   // [features], optional: zeros
+  const T* scale;  // [features], optional: ones
+  const T* shift;  // [features], optional: zeros
   double epsilon;
-  T* y;             // [features, batch], written; may be x
+  T* y;  // [features, batch], written; may be x
   size_t y_row;
-  T* normal;        // [features, batch], written: (x - mean) / sqrt(variance + epsilon)
+  T* normal;  // [features, batch], written: (x - mean) / sqrt(variance + epsilon)
   size_t normal_row;
-  T* inverse;       // [batch], written: 1 / sqrt(variance + epsilon)
+  T* inverse;  // [batch], written: 1 / sqrt(variance + epsilon)
   size_t features, batch;
 };
 
@@ -68,14 +77,14 @@ template <typename T>
 struct LayerNormGradient {
   const T* y_gradient;  // [features, batch]
   size_t y_row;
-  const T* normal;      // as the forward kernel wrote it
+  const T* normal;  // as the forward kernel wrote it
   size_t normal_row;
-  const T* inverse;     // [batch]
-  const T* scale;       // [features], optional: ones
-  T* x_gradient;        // [features, batch], written; may be y_gradient
+  const T* inverse;  // [batch]
+  const T* scale;    // [features], optional: ones
+  T* x_gradient;     // [features, batch], written; may be y_gradient
   size_t x_row;
-  T* scale_gradient;    // [features], optional, written: the sum over the batch
-  T* shift_gradient;    // [features], optional, written
+  T* scale_gradient;  // [features], optional, written: the sum over the batch
+  T* shift_gradient;  // [features], optional, written
   size_t features, batch;
 };
 
@@ -85,12 +94,12 @@ struct GaussianColumns {  // as SquashedGaussian, feature by feature
   const T* log_std;       // [actions, batch], before clamping
   size_t row;             // pitch of both
   T log_std_low, log_std_high;
-  const T* noise;         // [batch, actions], row by row
-  T* actions;             // [actions, batch], written: tanh(mean + spread)
-  T* spread;              // [actions, batch], written: exp(clamped log_std) * noise
-  size_t out_row;         // pitch of both
-  T* log_prob;            // [batch], written
-  size_t columns;         // actions
+  const T* noise;  // [batch, actions], row by row
+  T* actions;      // [actions, batch], written: tanh(mean + spread)
+  T* spread;       // [actions, batch], written: exp(clamped log_std) * noise
+  size_t out_row;  // pitch of both
+  T* log_prob;     // [batch], written
+  size_t columns;  // actions
   size_t batch;
 };
 
@@ -98,15 +107,15 @@ template <typename T>
 struct GaussianColumnsGradient {
   const T* actions_gradient;  // [actions, batch], by the actions in [-1, 1]
   size_t gradient_row;
-  T log_prob_gradient;        // one number for all rows
-  const T* actions;           // from the forward kernel
+  T log_prob_gradient;  // one number for all rows
+  const T* actions;     // from the forward kernel
   const T* spread;
-  size_t out_row;             // pitch of both
-  const T* log_std;           // [actions, batch], before clamping: no gradient where it was clamped
-  size_t row;                 // pitch of log_std and of the two outputs
+  size_t out_row;    // pitch of both
+  const T* log_std;  // [actions, batch], before clamping: no gradient where it was clamped
+  size_t row;        // pitch of log_std and of the two outputs
   T log_std_low, log_std_high;
-  T* mean_gradient;           // [actions, batch], written
-  T* log_std_gradient;        // [actions, batch], written
+  T* mean_gradient;     // [actions, batch], written
+  T* log_std_gradient;  // [actions, batch], written
   size_t columns, batch;
 };
 

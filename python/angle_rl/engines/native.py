@@ -1,0 +1,326 @@
+"""The compiled engine: updates of multilayer perceptrons on a CPU, from sampled rows to new priorities, without Python.
+
+Parameters, targets and Adam's state stay torch's own tensors and are changed in place; where they lie is asked anew
+before every call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from angle_rl import _core
+from angle_rl.engines.base import Update, UpdateResult
+from angle_rl.models import LOG_STD_RANGE, QNetwork, TwinQ
+from angle_rl.types import Array, Batch, RandomKey, UpdateSpec
+
+NEXT_VALUES = {"soft": 0, "smoothed": 1, "deterministic": 2, "double": 3, "maximum": 4}
+POLICY_LOSSES = {"soft": 0, "deterministic": 1, "none": 2}
+TARGETS_FOLLOW = {"update": 0, "policy": 1, "copies": 2}
+ACTIVATIONS = {"relu": 1, "tanh": 2, "silu": 3, "gelu": 4}
+FIELD_KINDS = {"float32": 0, "float64": 1, "int64": 2}
+
+Layers = list[list[Any]]
+"""Weight, bias[, scale, shift] of each layer of a network"""
+
+
+class NativeEngine:
+    """Executes updates in compiled code. One thread at a time; its randomness is the key's and the replay's.
+
+    Threads of its own help inside an update and sleep between calls. Takes what `native_refusal` says nothing against.
+    """
+
+    name = "native"
+
+    def __init__(self, spec: UpdateSpec, update: Update, threads: int | None = None) -> None:
+        self._spec = spec
+        self._update = update
+        self.threads = usable_threads() if threads is None else threads
+        self._networks = networks_of(update)
+        self._pairs = [
+            (parameter, target, network.optimizer)
+            for network in self._networks
+            for layer, slow in zip(network.layers, network.targets, strict=True)
+            for parameter, target in zip(layer, slow, strict=True)
+        ]
+        self._dtype = self._pairs[0][0].dtype
+        self._learner = self._make()
+
+    # What the engine does ----------
+
+    def update(self, random_key: RandomKey, policy_steps: int, copy_targets: bool = False) -> UpdateResult:
+        """One critic step, `policy_steps` policy steps, the priorities, and the targets' update where it is due."""
+        (result,) = self.update_many([(random_key, policy_steps, copy_targets)])
+        return result
+
+    def update_many(self, calls: Sequence[tuple[RandomKey, int, bool]]) -> Iterator[UpdateResult]:
+        """The updates, in one call of compiled code; ends after the first that is not finite.
+
+        TypeError or ValueError where a tensor has changed its dtype, shape or layout so that it can be used no longer.
+        """
+        update, replay = self._update, self._update.replay
+        tensors, addresses, groups = self._tensors()
+        _, n_step, discount, importance_exponent, flags = replay._sample_arguments(self._spec.batch_size)
+        coefficient = update.entropy_coefficient()
+        done, failure, critic_loss, policy_loss = self._learner.run(
+            addresses,
+            groups,
+            self._places,
+            0.0 if coefficient is None else float(coefficient),
+            n_step,
+            discount,
+            importance_exponent,
+            flags,
+            [(key.value, policy_steps, copies) for key, policy_steps, copies in calls],
+        )
+        torch.autograd.graph.increment_version(tensors)
+        if update.log_entropy_coefficient is not None:
+            update.set_entropy_coefficient(update.log_entropy_coefficient.detach().exp())
+        self._losses[0], self._losses[1] = critic_loss, 0.0 if policy_loss is None else policy_loss
+        stepped = policy_loss is not None
+        last = UpdateResult(
+            finite=failure == 0,
+            batch=self._batch,
+            q=self._q,
+            critic_loss=self._critic_loss,
+            policy_loss=self._policy_loss if stepped else None,
+            log_prob=self._log_prob if stepped and self._spec.policy_loss == "soft" else None,
+        )
+        for _ in range(done - 1):
+            yield last._replace(finite=True)
+        yield last
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the workspace."""
+        return int(self._learner.nbytes)
+
+    # Where the tensors are ----------
+
+    def _tensors(self) -> tuple[list[torch.Tensor], Array, Array]:
+        """All tensors that an update changes, their addresses, and the numbers of Adam, as `Learner.run` takes them."""
+        optimizers = self._update.optimizers
+        changed: list[torch.Tensor] = []
+        addresses: list[int] = []
+        groups: list[float] = []
+        numbers = {name: _groups(optimizer) for name, optimizer in optimizers.items()}
+        pairs = self._pairs
+        if self._update.log_entropy_coefficient is not None:
+            pairs = [*pairs, (self._update.log_entropy_coefficient, None, "entropy_coefficient")]
+        for parameter, target, name in pairs:
+            self._append(parameter, target, optimizers[name], changed, addresses)
+            groups += numbers[name][parameter]
+        return changed, np.array(addresses, np.int64), np.array(groups, np.float64)
+
+    def _append(
+        self,
+        parameter: torch.Tensor,
+        target: torch.Tensor | None,
+        optimizer: torch.optim.Optimizer,
+        changed: list[torch.Tensor],
+        addresses: list[int],
+    ) -> None:
+        state = adam_state(optimizer, parameter)
+        step = state["step"]
+        tensors = [parameter, state["exp_avg"], state["exp_avg_sq"]]
+        if target is not None:
+            tensors.append(target)
+        for tensor in tensors:
+            if tensor.dtype is not self._dtype or not tensor.is_contiguous() or tensor.shape != parameter.shape:
+                raise _moved(tensor, parameter, self._dtype)
+        if step.dtype is not torch.float32:
+            raise TypeError(f"Adam's step has the dtype {step.dtype}; the native engine counts in torch.float32")
+        changed += tensors
+        changed.append(step)
+        addresses += [tensor.data_ptr() for tensor in tensors[:3]]
+        addresses.append(step.data_ptr())
+        addresses.append(0 if target is None else target.data_ptr())
+
+    def _make(self) -> Any:
+        spec, update = self._spec, self._update
+        replay, batch = update.replay, spec.batch_size
+        kinds = [FIELD_KINDS[field.dtype.name] for field in replay.schema.fields]
+        options = {
+            "batch": batch,
+            "observation_dim": replay.schema.fields[0].shape[0],
+            "next_value": NEXT_VALUES[spec.next_value],
+            "policy_loss": POLICY_LOSSES[spec.policy_loss],
+            "networks": [network.shape() for network in self._networks],
+            "prioritized": spec.prioritized,
+            "targets_follow": TARGETS_FOLLOW[spec.targets_follow],
+            "tau": spec.tau,
+            "huber_delta": spec.huber_delta or 0.0,
+            "max_gradient_norm": spec.max_gradient_norm or 0.0,
+            "threads": self.threads,
+        }
+        critics = 1
+        if update.first_action is not None:
+            options["first_action"] = update.first_action
+        else:
+            assert update.bounds is not None
+            critics = update.critics.critics
+            scale, center = action_scaling(update.policy)
+            options |= {
+                "action_dim": len(scale),
+                "critics": critics,
+                "critic_subset": getattr(spec, "critic_subset", None) or 0,
+                "target_policy": update.target_policy is not None,
+                "fresh_policy_batch": spec.policy_batch == "fresh",
+                "target_noise": spec.target_noise,
+                "target_noise_clip": spec.target_noise_clip,
+                "learns_entropy": update.log_entropy_coefficient is not None,
+                "target_entropy": spec.target_entropy or 0.0,
+                "log_std_low": LOG_STD_RANGE[0],
+                "log_std_high": LOG_STD_RANGE[1],
+                "scale": scale,
+                "center": center,
+                "low": update.bounds.low.double().tolist(),
+                "high": update.bounds.high.double().tolist(),
+                "half_range": update.bounds.half_range.double().tolist(),
+            }
+        learner = _core.Learner(replay._core, self._dtype == torch.float64, options, kinds)
+        tensors = replay._blank(batch, False)
+        self._batch: Batch = replay._batches.assemble(list(tensors))
+        policy_tensors = replay._blank(batch, False) if spec.policy_batch == "fresh" else tensors
+        self._kept = (tensors, policy_tensors)
+        self._q = torch.zeros(critics, batch, dtype=self._dtype)
+        self._td_error = torch.zeros(batch, dtype=self._dtype)
+        self._log_prob = torch.zeros(batch, dtype=self._dtype)
+        losses = torch.zeros(2, dtype=self._dtype)
+        self._losses, self._critic_loss, self._policy_loss = losses.numpy(), losses[0], losses[1]
+        results = [self._q, self._td_error, self._log_prob]
+        self._places = np.array([t.data_ptr() for t in (*tensors, *policy_tensors, *results)], np.int64)
+        return learner
+
+
+# The networks' tensors ----------
+
+
+class Network(NamedTuple):
+    """One of the networks that learn, or a part of it, as layers of one kind."""
+
+    layers: Layers
+    targets: list[list[Any]]  # its slow copy's, in the same order; None where there is none
+    optimizer: str
+    module: Any  # says activation and layer norm
+    inputs: int
+    hidden_end: bool  # the last layer is a hidden one
+
+    def shape(self) -> dict[str, Any]:
+        """What the compiled learner has to know of it."""
+        return {
+            "sizes": [self.inputs, *[layer[0].shape[-2] for layer in self.layers]],
+            "activation": ACTIVATIONS[getattr(self.module, "activation", "relu")],
+            "layer_norm": bool(getattr(self.module, "layer_norm", False)),
+            "norm_epsilon": 1e-5,
+            "hidden_end": self.hidden_end,
+        }
+
+
+def networks_of(update: Update) -> list[Network]:
+    """The networks that an update learns, in the compiled learner's order."""
+    critics, target = update.critics, update.target_critics
+    if type(critics) is QNetwork and type(target) is QNetwork:
+        width = critics.encoder.width
+        if not critics.dueling:
+            own, slow = (sequential_layers([*q.body, *q.advantages]) for q in (critics, target))
+            return [Network(own, slow, "critics", critics, width, False)]
+        parts = [Network(*_parts(critics, target, "body"), "critics", critics, width, True)]
+        inner = [width, *[layer[0].shape[0] for layer in parts[0].layers]][-1]
+        heads = [_parts(critics, target, name) for name in ("advantages", "value")]
+        return parts + [Network(*head, "critics", critics, inner, False) for head in heads]
+    policy, slow_policy = update.policy, update.target_policy
+    assert type(critics) is TwinQ
+    assert type(target) is TwinQ
+    assert policy is not None
+    own = sequential_layers([*policy.body, policy.head])
+    none: list[list[Any]] = [[None] * len(layer) for layer in own]
+    slow = none if slow_policy is None else sequential_layers([*slow_policy.body, slow_policy.head])
+    stacked = [stacked_layers(q) for q in (critics, target)]
+    return [
+        Network(own, slow, "policy", policy, own[0][0].shape[1], False),
+        Network(*stacked, "critics", critics, critics.observation_dim + critics.action_dim, False),
+    ]
+
+
+def _parts(network: QNetwork, target: QNetwork, name: str) -> tuple[Layers, Layers]:
+    own, slow = (sequential_layers(list(getattr(q, name))) for q in (network, target))
+    return own, slow
+
+
+def sequential_layers(modules: list[Any]) -> Layers:
+    """The layers of linear modules, each perhaps followed by a layer norm: ``[outputs, inputs]`` and ``[outputs]``."""
+    layers: Layers = []
+    for module in modules:
+        if isinstance(module, torch.nn.Linear):
+            layers.append([module.weight, module.bias])
+        elif isinstance(module, torch.nn.LayerNorm):
+            layers[-1] += [module.weight, module.bias]
+    return layers
+
+
+def stacked_layers(critics: TwinQ) -> Layers:
+    """The layers of stacked critics, ``[critics, outputs, inputs]`` and ``[critics, outputs]``."""
+    layers = [list(pair) for pair in zip(critics.weights, critics.biases, strict=True)]
+    norms = zip(getattr(critics, "scales", ()), getattr(critics, "shifts", ()), strict=True)
+    for layer, norm in zip(layers, norms, strict=False):
+        layer += norm
+    return layers
+
+
+def action_scaling(policy: Any) -> tuple[list[float], list[float]]:
+    """What a policy's actions in [-1, 1] are scaled by and moved to."""
+    return policy.action_scale.double().tolist(), policy.action_center.double().tolist()
+
+
+# Adam's state ----------
+
+
+def adam_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, Any]:
+    """Adam's state of a parameter, made as `torch.optim.Adam` makes it where there is none yet."""
+    state: dict[str, Any] = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, list[float]]:
+    """Six numbers for each parameter: learning rate, both betas, epsilon, weight decay, whether it is decoupled."""
+    found = {}
+    for group in optimizer.param_groups:
+        decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+        numbers = [group["lr"], *group["betas"], group["eps"], group["weight_decay"], float(decoupled)]
+        found |= dict.fromkeys(group["params"], numbers)
+    return found
+
+
+def _moved(tensor: torch.Tensor, parameter: torch.Tensor, dtype: torch.dtype) -> Exception:
+    return TypeError(
+        f"a tensor of the shape {list(tensor.shape)} and dtype {tensor.dtype} is no longer what the native engine was "
+        f"made for: contiguous, {dtype}, of the shape {list(parameter.shape)}"
+    )
+
+
+# Threads ----------
+
+
+def usable_threads(busy: int = 0) -> int:
+    """Cores that this process may use (its affinity, its control group's share), less the busy ones; at least 1."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(affinity, _quota()) - busy)
+
+
+def _quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Whole cores of the control group's share of time; many where it sets none."""
+    try:
+        limit, period = path.read_text(encoding="ascii").split()[:2]
+        return max(1, int(limit) // int(period))
+    except (OSError, ValueError):  # no such file, or "max"
+        return 1 << 16
