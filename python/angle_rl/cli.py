@@ -69,7 +69,7 @@ def train(arguments: list[str]) -> int:
         trainer = AgentTrainer(config) if files.resume is None else AgentTrainer.resume(files.resume, config)
     except USER_ERRORS as error:
         return _refuse(str(error))
-    print(describe_engine(config.training.engine))
+    print(describe_engine(config.training.engine, getattr(trainer.rl_state.agent_state, "engine", None)))
     try:
         evaluation = trainer.train()
     except (LossNotFiniteError, OSError) as error:

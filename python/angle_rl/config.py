@@ -133,12 +133,18 @@ class Training:
     evaluation_episodes: Count = 20  # whole episodes in each evaluation
     device: str = "cpu"  # the torch device that holds the networks
     threads: Count | None = None  # torch's threads inside one operation; None: torch's own choice
-    engine: Literal["auto", "torch"] = "auto"  # executes the updates; auto: the fastest
+    # executes the updates: torch takes any network, native our own ones on a CPU; auto: the fastest that takes them
+    engine: Literal["auto", "torch", "native"] = "auto"
+    learner_threads: Count | None = None  # native, threads that share one update; None: the engine's own choice
+    # native, what its matrix products multiply in (they add in float32, and parameters stay as they are)
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         _check_fields(self)
         if not self.environment:
             raise ValueError("environment is ''; it must name a Gymnasium environment")
+        if self.engine == "torch" and self.precision != "float32":
+            raise ValueError(f"precision is {self.precision!r} and engine 'torch', which has float32 alone")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from angle_rl.agents.state import (
 )
 from angle_rl.config import AgentConfig
 from angle_rl.encoders import EncodedCritics, EncodedPolicy, ObservationEncoder
-from angle_rl.engines import make_engine
+from angle_rl.engines import Engine, make_engine
 from angle_rl.engines.base import Bounds, NextValues, PolicyLoss, Update
 from angle_rl.models import TwinQ
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
@@ -191,7 +191,7 @@ class ActorCritic:
             exploration=Exploration(self._schedule),
         )
         self.finish_init(state)
-        state.engine = make_engine(self._spec(state), self._update_parts(state))
+        state.engine = configured_engine(self.config, self._spec(state), self._update_parts(state))
         return state, random_key
 
     def reset(self, random_key: RandomKey, rl_state: RLState) -> tuple[ActorCriticState, RandomKey]:
@@ -375,6 +375,14 @@ def check_replay(replay: Any, config: AgentConfig) -> None:
     kind = "prioritized" if hasattr(replay, "update_priorities") else "uniform"
     if kind != hyperparameters.replay:
         raise ValueError(f"replay is {kind} and the config says {hyperparameters.replay!r}; they must agree")
+
+
+def configured_engine(config: AgentConfig, spec: UpdateSpec, update: Update) -> Engine:
+    """The engine that the config asks for. ValueError where it asks for one that does not take the update."""
+    training = config.training
+    return make_engine(
+        spec, update, training.engine, learner_threads=training.learner_threads, precision=training.precision
+    )
 
 
 def check_policy(policy: torch.nn.Module) -> None:

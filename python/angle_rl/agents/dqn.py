@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from angle_rl.agents.actor_critic import adam, as_tensors, check_replay, frozen_copy, make_replay
+from angle_rl.agents.actor_critic import adam, as_tensors, check_replay, configured_engine, frozen_copy, make_replay
 from angle_rl.agents.base import crossings, in_updates, known_as, name_of
 from angle_rl.agents.discrete import discrete_actions, epsilon_greedy, first_exploration, random_share, refuse_options
 from angle_rl.agents.noise import seeded_torch
@@ -22,7 +22,6 @@ from angle_rl.agents.state import (
     optimize_when_due,
 )
 from angle_rl.config import AgentConfig
-from angle_rl.engines import make_engine
 from angle_rl.engines.base import NextValues, PolicyLoss, Update
 from angle_rl.models import QNetwork
 from angle_rl.types import Array, Batch, RandomKey, RLState, UpdateSpec
@@ -133,7 +132,7 @@ class DQN:
             actions=actions,
             first_action=first_action,
         )
-        state.engine = make_engine(self._spec(), self._update_parts(state))
+        state.engine = configured_engine(self.config, self._spec(), self._update_parts(state))
         return state, random_key
 
     def reset(self, random_key: RandomKey, rl_state: RLState) -> tuple[DQNState, RandomKey]:

@@ -77,6 +77,7 @@ class Engine(Protocol):
     """Executes updates. One thread at a time."""
 
     name: str
+    why: str  # it was taken, in a few words
 
     def update(self, random_key: RandomKey, policy_steps: int, copy_targets: bool = False) -> UpdateResult:
         """One critic step, then `policy_steps` policy steps, then the targets.

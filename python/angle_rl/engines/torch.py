@@ -17,7 +17,8 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, spec: UpdateSpec, update: Update) -> None:
+    def __init__(self, spec: UpdateSpec, update: Update, *, why: str = "as asked for") -> None:
+        self.why = why
         self._spec = spec
         self._update = update
         self._critic_parameters = [p for p in update.critics.parameters() if p.requires_grad]
