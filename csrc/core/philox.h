@@ -1,10 +1,10 @@
 // Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 // The same key and counter give the same bits on every machine and device; there is no state to share or to lock.
 #pragma once
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <numbers>
+
+#include "kernels/kernels.h"
 
 namespace angle {
 
@@ -48,17 +48,9 @@ inline void philox_uniform(uint64_t key, double* out, size_t n) {
   }
 }
 
-// out[0..n): standard normals by Box and Muller (1958); element i depends on (key, i) alone, and the float32 numbers
-// are the float64 ones rounded. Cost n. Any thread.
-template <class Real>
-void philox_normal(uint64_t key, Real* out, size_t n) {
-  for (size_t i = 0; i < n; i += 2) {
-    const PhiloxBlock block = philox(key, i / 2, kNormal);
-    const double radius = std::sqrt(-2.0 * std::log(1.0 - unit_double(block.low())));
-    const double angle = 2.0 * std::numbers::pi * unit_double(block.high());
-    out[i] = static_cast<Real>(radius * std::cos(angle));
-    if (i + 1 < n) out[i + 1] = static_cast<Real>(radius * std::sin(angle));
-  }
-}
+// out[0..n): standard normals by Box and Muller (1958), a vector kernel that gives the same bits on every machine;
+// element i depends on (key, i) alone, and the float32 numbers are the float64 ones rounded. Cost n. Any thread.
+inline void philox_normal(uint64_t key, float* out, size_t n) { kernels().random.normals_f32(key, kNormal, out, n); }
+inline void philox_normal(uint64_t key, double* out, size_t n) { kernels().random.normals_f64(key, kNormal, out, n); }
 
 }  // namespace angle

@@ -1,13 +1,15 @@
 // The vector kernels and how one set of them is chosen at run time.
 //
-// Every ISA compiles the same sources (replay.inl, ops.inl, products.inl, learner.inl) into one table of functions. Numbers are equal to the
-// last bit on every ISA where a kernel says so. No kernel allocates, throws or takes a lock.
+// Every ISA compiles the same sources (ops.inl, random.inl, replay.inl, products.inl, learner.inl) into one table of
+// functions. Numbers are equal to the last bit on every ISA where a kernel says so. No kernel allocates, throws or
+// takes a lock.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 #include "kernels/learner_kernels.h"
 #include "kernels/ops_kernels.h"
+#include "kernels/random_kernels.h"
 #include "kernels/replay_kernels.h"
 
 namespace angle {
@@ -17,6 +19,7 @@ struct Kernels {
   ReplayKernels replay;
   OpsKernels ops;
   LearnerKernels learner;
+  RandomKernels random;
 };
 
 // The table in use: the widest that the CPU has, or the one that the environment variable ANGLE_ISA names at the

@@ -16,12 +16,13 @@
 namespace angle::ANGLE_ISA_NAME {
 namespace {
 #include "kernels/ops.inl"
+#include "kernels/random.inl"
 #include "kernels/replay.inl"
 #include "kernels/products.inl"
 #include "kernels/learner.inl"
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {ANGLE_STRINGIZE(ANGLE_ISA_NAME), replay_kernels, ops_kernels, learner_kernels};
+const Kernels table = {ANGLE_STRINGIZE(ANGLE_ISA_NAME), replay_kernels, ops_kernels, learner_kernels, random_kernels};
 
 }  // namespace angle::ANGLE_ISA_NAME

@@ -15,64 +15,6 @@ inline size_t nan_rows(const Real* values, size_t n, size_t width) {
 size_t nan_rows_f32(const float* values, size_t n, size_t width) { return nan_rows(values, n, width); }
 size_t nan_rows_f64(const double* values, size_t n, size_t width) { return nan_rows(values, n, width); }
 
-// Eight 64-bit lanes; the compiler splits them where the ISA's vectors are shorter.
-typedef uint64_t Lanes __attribute__((vector_size(64)));
-
-// The lanes' low 32 bits times a 32-bit constant.
-inline Lanes multiply_low(Lanes a, uint64_t factor) {
-#if defined(__AVX512F__)
-  return (Lanes)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(static_cast<int64_t>(factor)));
-#else
-  return (a & 0xFFFFFFFFull) * factor;
-#endif
-}
-
-// The first four lanes of a and b in turn, then the last four.
-inline void interleave(Lanes a, Lanes b, Lanes* out) {
-#if defined(__clang__)
-  out[0] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-  out[1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-#else
-  out[0] = __builtin_shuffle(a, b, Lanes{0, 8, 1, 9, 2, 10, 3, 11});
-  out[1] = __builtin_shuffle(a, b, Lanes{4, 12, 5, 13, 6, 14, 7, 15});
-#endif
-}
-
-// Sixteen Philox blocks side by side, each word in a 64-bit lane: one multiplication serves eight blocks, and two sets
-// of eight keep the multiplier busy.
-void philox_draws(uint64_t key, uint64_t counter, uint64_t stream, uint64_t* out, size_t n) {
-  constexpr size_t kSets = 2, kDraws = 16 * kSets;
-  constexpr uint64_t kLow = 0xFFFFFFFFull;
-  const Lanes zero = {}, lane = {0, 1, 2, 3, 4, 5, 6, 7};
-  for (size_t start = 0; start < n; start += kDraws) {
-    Lanes c0[kSets], c1[kSets], c2[kSets], c3[kSets];
-    for (size_t set = 0; set < kSets; ++set) {
-      c0[set] = zero + (counter & kLow);
-      c1[set] = zero + (counter >> 32);
-      c2[set] = zero + (stream & kLow);
-      c3[set] = lane + ((stream >> 32) + start / 2 + 8 * set);
-    }
-    uint64_t k0 = key & kLow, k1 = key >> 32;
-    for (int round = 0; round < 10; ++round) {
-      for (size_t set = 0; set < kSets; ++set) {
-        const Lanes p0 = multiply_low(c0[set], 0xD2511F53ull), p1 = multiply_low(c2[set], 0xCD9E8D57ull);
-        c0[set] = (p1 >> 32) ^ c1[set] ^ k0;
-        c2[set] = (p0 >> 32) ^ c3[set] ^ k1;
-        c1[set] = p1 & kLow;
-        c3[set] = p0 & kLow;
-      }
-      k0 = (k0 + 0x9E3779B9u) & kLow;
-      k1 = (k1 + 0xBB67AE85u) & kLow;
-    }
-    Lanes bits[2 * kSets];
-    for (size_t set = 0; set < kSets; ++set) {
-      const Lanes low = c0[set] | c1[set] << 32, high = c2[set] | c3[set] << 32;
-      interleave(low, high, bits + 2 * set);
-    }
-    memcpy(out + start, bits, (n - start < kDraws ? n - start : kDraws) * sizeof(uint64_t));
-  }
-}
-
 // Inlined by force: gcc takes a function that only prefetches for one without effect and drops the calls.
 __attribute__((always_inline)) inline void prefetch_record(const uint8_t* record, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(record + at, 0, 3);
