@@ -18,6 +18,7 @@ namespace {
 #include "kernels/ops.inl"
 #include "kernels/random.inl"
 #include "kernels/replay.inl"
+#include "kernels/vector.inl"
 #include "kernels/products.inl"
 #include "kernels/learner.inl"
 }  // namespace

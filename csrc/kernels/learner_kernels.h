@@ -17,16 +17,17 @@ enum class Activation : int { kNone, kRelu, kTanh, kSilu, kGelu };  // kGelu: th
 // there is finite and has no effect.
 constexpr size_t kColumnMultiple = 16;
 
-// The pitch that a workspace's matrix of so many columns takes: whole cache lines, and an odd number of them, so that
-// the rows of a column spread over all sets of the first-level cache.
+// The pitch for rows of n elements that are a product's b or gate: whole cache lines that hold the next kColumnMultiple,
+// an odd number of them, so that the rows of a panel spread over all sets of the L1 cache. Begin each matrix on a line.
 template <typename T>
-constexpr size_t padded_pitch(size_t columns) {
-  constexpr size_t kLine = 64 / sizeof(T);
-  const size_t whole = (columns + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
-  return whole / kLine % 2 == 0 ? whole + kLine : whole;
+constexpr size_t padded_pitch(size_t n) {
+  constexpr size_t kPerLine = 64 / sizeof(T);
+  return ((n + kColumnMultiple - 1) / kColumnMultiple * (kColumnMultiple / kPerLine) | 1) * kPerLine;
 }
 
-// c[i, j] = f(sum over l of a(i, l) * b[l, j]), i < m, j < n, l < k, with a(i, l) = a[i * a_row + l * a_step].
+// c[i, j] = f(sum over l of a(i, l) * b[l, j]), i < m, j < n, l < k, with a(i, l) = a[i * a_row + l * a_step]. On one
+// ISA, an element is the same to the last bit however c is divided into products by rows or columns. Fastest where b and
+// c lie on cache lines at padded_pitch.
 template <typename T>
 struct Product {
   const T* a;
