@@ -10,8 +10,9 @@ constexpr size_t kTileRows = 12, kTileVectors = 2;
 #elif defined(__AVX2__)
 constexpr size_t kTileRows = 6, kTileVectors = 2;
 #else
-constexpr size_t kTileRows = 4, kTileVectors = 2;
+constexpr size_t kTileRows = 2, kTileVectors = 4;
 #endif
+constexpr size_t kRowVectors = 8;    // of a tile of one row
 constexpr size_t kDepth = 256;       // most steps of one piece
 constexpr size_t kRowsAtOnce = 504;  // rows of a that pass by each panel of b
 
@@ -130,15 +131,22 @@ inline void panel(const Product<T>& p, const Piece& piece, size_t begin, size_t 
   }
 }
 
+// The rows over all columns: panels of kVectors vectors, then smaller ones.
 template <typename T, size_t kRows, size_t kVectors>
 inline void panels(const Product<T>& p, const Piece& piece, size_t begin, size_t end) {
   constexpr size_t kWidth = Vector<T>::kWidth;
-  size_t j = 0;
-  for (; j + (kVectors - 1) * kWidth < p.n; j += kVectors * kWidth) panel<T, kRows, kVectors>(p, piece, begin, end, j);
-  if constexpr (kVectors > 2) {
-    for (; j + kWidth < p.n; j += 2 * kWidth) panel<T, kRows, 2>(p, piece, begin, end, j);
+  size_t j = 0, left = (p.n + kWidth - 1) / kWidth;  // vectors
+  const auto go = [&](size_t vectors) {
+    j += vectors * kWidth;
+    left -= vectors;
+  };
+  for (; left >= kVectors && left != 3; go(kVectors)) panel<T, kRows, kVectors>(p, piece, begin, end, j);
+  for (; left >= 2 && left != 3; go(2)) panel<T, kRows, 2>(p, piece, begin, end, j);
+  if (left == 3) {
+    panel < T, kRows<3 ? kRows : kRows * 2 / 3, 3>(p, piece, begin, end, j);
+  } else if (left == 1) {
+    panel<T, kRows, 1>(p, piece, begin, end, j);
   }
-  if (j < p.n) panel<T, kRows, 1>(p, piece, begin, end, j);
 }
 
 template <typename T>
@@ -151,7 +159,7 @@ void product(const Product<T>& p) {
       const size_t steps = p.k - first < depth ? p.k - first : depth;
       const Piece piece = {first, steps, first + steps == p.k};
       if (end - begin == 1) {  // few rows want wide tiles: there have to be enough sums to hide a multiply-add's time
-        panels<T, 1, 8>(p, piece, begin, end);
+        panels<T, 1, kRowVectors>(p, piece, begin, end);
       } else if (end - begin == 2) {
         panels<T, 2, 4>(p, piece, begin, end);
       } else {
