@@ -130,6 +130,24 @@ def test_an_equation_of_ones_own_is_another():
 
 
 @pytest.mark.parametrize("kind", NAMES)
+def test_the_default_networks_have_the_configs_layers_and_learn(kind):
+    _, plain = made(kind, rows=0)
+    agent, state = made(kind, activation="silu", layer_norm=True)
+    networks = [state.critics] if kind is DQN else [state.critics, state.policy]
+    for network, before in zip(networks, [plain.critics, plain.policy], strict=False):
+        names = {type(module).__name__ for module in network.modules()}
+        assert getattr(network, "activation", "") == "silu" or "SiLU" in names
+        assert "ReLU" not in names
+        assert len(list(network.parameters())) > len(list(before.parameters()))
+    before = tensors_of(agent, state)
+    assert state.engine.update(RandomKey(3), 0 if kind is DQN else 1).finite
+    after = tensors_of(agent, state)
+    learned = [name for name in after if name.startswith(("critics.", "policy."))]
+    assert learned
+    assert not any(torch.equal(before[name], after[name]) for name in learned)
+
+
+@pytest.mark.parametrize("kind", NAMES)
 def test_an_update_holds_the_states_own_parts(kind):
     agent, state = made(kind, rows=0)
     update = agent._update_parts(state)

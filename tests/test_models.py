@@ -6,12 +6,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.squashed_gaussian import squashed_gaussian as reference_gaussian
 from torch import nn
 
-from angle_rl.models import LOG_STD_RANGE, DeterministicPolicy, PolicyModel, SquashedGaussianPolicy, TwinQ
+from angle_rl.models import LOG_STD_RANGE, DeterministicPolicy, PolicyModel, QNetwork, SquashedGaussianPolicy, TwinQ
 
 LOW, HIGH = np.array([-2.0, 0.1, -1e-3], np.float32), np.array([2.0, 0.7, 5.0], np.float32)
 KINDS = [SquashedGaussianPolicy, DeterministicPolicy]
@@ -159,6 +160,103 @@ def test_stacked_critics_equal_separate_networks(hidden_sizes, critics):
             torch.testing.assert_close(bias.grad[member], separate[member][2 * layer].bias.grad)
 
 
+LAYERS = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "gelu": nn.GELU}
+
+
+def stack(sizes, activation, layer_norm, last=True):
+    """Linear layers of these sizes with what belongs between them, behind the last one too or not."""
+    modules = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        modules += [nn.Linear(inputs, outputs), *([nn.LayerNorm(outputs)] if layer_norm else []), LAYERS[activation]()]
+    return nn.Sequential(*(modules if last else modules[: -2 if layer_norm else -1]))
+
+
+@pytest.mark.parametrize("activation", LAYERS)
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_stacked_critics_with_other_layers_equal_separate_networks(activation, layer_norm):
+    """Values and the gradients by everything, scale and shift made different in every member."""
+    torch.manual_seed(3)
+    q = TwinQ(5, 3, (16, 8), 3, activation=activation, layer_norm=layer_norm).double()
+    torch.manual_seed(3)
+    separate = [stack([8, 16, 8, 1], activation, layer_norm, last=False).double() for _ in range(3)]
+    if layer_norm:
+        assert [tuple(p.shape) for p in (*q.scales, *q.shifts)] == [(3, 16), (3, 8)] * 2
+        norms = [[module for module in network if type(module) is nn.LayerNorm] for network in separate]
+        for layer, members in enumerate(zip(*norms, strict=True)):
+            assert torch.equal(q.scales[layer], torch.ones_like(q.scales[layer]))
+            assert torch.equal(q.shifts[layer], torch.zeros_like(q.shifts[layer]))
+            for index, member in enumerate(members):
+                for ours, theirs in [(q.scales[layer], member.weight), (q.shifts[layer], member.bias)]:
+                    nn.init.normal_(theirs, 1.0, 0.3)
+                    with torch.no_grad():
+                        ours[index] = theirs
+    x, a = observations().double(), observations(8, 3, 1).double().requires_grad_()
+    values = q(x, a)
+    expected = torch.stack([network(torch.cat([x, a], 1)).squeeze(-1) for network in separate])
+    torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)
+    wanted = torch.autograd.grad(expected.square().sum(), [a, *(p for net in separate for p in net.parameters())])
+    by_action, *ours = torch.autograd.grad(values.square().sum(), [a, *q.parameters()])
+    torch.testing.assert_close(by_action, wanted[0], rtol=1e-9, atol=1e-12)
+    names = [name for name, _ in separate[0].named_parameters()]
+    theirs = [dict(zip(names, wanted[1 + k * len(names) :], strict=False)) for k in range(3)]
+    step = 3 if layer_norm else 2
+    paths = {"weights": "{}.weight", "biases": "{}.bias"}
+    for (name, _), gradient in zip(q.named_parameters(), ours, strict=True):
+        kind, layer = name.split(".")
+        if kind in paths:
+            path = paths[kind].format(step * int(layer))
+        else:
+            path = f"{step * int(layer) + 1}.{'weight' if kind == 'scales' else 'bias'}"
+        for member in range(3):
+            torch.testing.assert_close(gradient[member], theirs[member][path], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", LAYERS)
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_policies_and_action_values_have_the_layers_that_were_asked_for(activation, layer_norm):
+    layers = {"activation": activation, "layer_norm": layer_norm}
+    torch.manual_seed(0)
+    body = stack([5, 16, 12], activation, layer_norm)
+    for kind in KINDS:
+        torch.manual_seed(0)
+        policy = kind(5, LOW, HIGH, (16, 12), **layers)
+        torch.testing.assert_close(policy.features(observations()), body(observations()))
+        actions, log_prob = policy.sample_actions(observations())
+        assert (actions.shape, log_prob.shape) == ((8, 3), (8,))
+        policy.head(policy.features(observations())).sum().backward()
+        assert all(parameter.grad is not None for parameter in policy.parameters())
+    space = spaces.Box(-1, 1, (5,), np.float32)
+    torch.manual_seed(0)
+    q = QNetwork(space, 4, (16, 12), **layers)
+    torch.testing.assert_close(q(observations()), q.advantages[-1](body(observations())))
+    q = QNetwork(space, 4, (16, 12), dueling=True, **layers)
+    hidden = q.body(observations())
+    kinds = [type(module) for module in stack([16, 12], activation, layer_norm)]
+    for stream in (q.advantages, q.value):
+        assert [type(module) for module in stream] == [*kinds, nn.Linear]
+    advantages = q.advantages(hidden)
+    expected = q.value(hidden) + advantages - advantages.mean(1, keepdim=True)
+    torch.testing.assert_close(q(observations()), expected)
+
+
+def test_the_names_of_default_networks_are_as_they_were():
+    plain = TwinQ(5, 3, (16,), activation="tanh").state_dict()
+    assert list(plain) == list(TwinQ(5, 3, (16,)).state_dict()) == ["weights.0", "weights.1", "biases.0", "biases.1"]
+    assert list(DeterministicPolicy(5, LOW, HIGH, (16, 8)).state_dict()) == [
+        *("body.0.weight", "body.0.bias", "body.2.weight", "body.2.bias"),
+        *("head.weight", "head.bias"),
+    ]
+    assert list(TwinQ(5, 3, (16,), layer_norm=True).state_dict()) == [*plain, "scales.0", "shifts.0"]
+
+
+def test_a_normalised_critic_takes_features_of_any_scale():
+    q = TwinQ(2, 1, (16,), 2, layer_norm=True)
+    x, a = 1e4 * observations(8, 2), 1e4 * observations(8, 1, 1)
+    assert q(x, a).abs().max() < 10
+    q = TwinQ(2, 1, (16,), 2, layer_norm=True, activation="relu")
+    assert q(torch.zeros(3, 2), torch.zeros(3, 1)).isfinite().all()
+
+
 def test_critics_start_different():
     q = TwinQ(5, 3, critics=3)
     for parameter in q.parameters():
@@ -195,6 +293,8 @@ def test_other_dtypes(dtype):
         (lambda: DeterministicPolicy(5, -1.0, 1.0), r"low has shape \[\]; it must be \[action_dim\]"),
         (lambda: PolicyModel(LOW), "give both bounds or neither"),
         (lambda: TwinQ(5, 0), "action_dim is 0"),
+        (lambda: TwinQ(5, 3, activation="elu"), "activation is 'elu'; it must be one of relu, tanh, silu, gelu"),
+        (lambda: DeterministicPolicy(5, LOW, HIGH, activation="Relu"), "activation is 'Relu'"),
         (lambda: TwinQ(5, 3, critics=0), "critics is 0; it must be at least 1"),
         (lambda: TwinQ(5, 3)(observations(8, 4), observations(8, 3)), r"observations has shape \[8, 4\]"),
         (lambda: TwinQ(5, 3)(observations(8, 5)[0], observations(8, 3)), r"must be \[batch, 5\]"),

@@ -63,6 +63,9 @@ def refusal_of(change, kind=SAC, **options):
         (DDPG, {"critics": 3}),
         (DQN, {}),
         (DQN, {"double_q": False, "dueling": True, "hidden_sizes": (8, 8)}),
+        (SAC, {"activation": "gelu", "layer_norm": True, "hidden_sizes": (8, 6)}),
+        (TD3, {"activation": "tanh"}),
+        (DQN, {"activation": "silu", "layer_norm": True, "dueling": True}),
     ],
 )
 def test_our_own_networks_and_adam_are_taken(kind, options):
@@ -187,6 +190,14 @@ def another_target(update):
     return dataclasses.replace(update, target_critics=TwinQ(3, 2, (9,)))
 
 
+def another_activation(update):
+    return dataclasses.replace(update, target_critics=TwinQ(3, 2, (8,), activation="tanh"))
+
+
+def another_layer_norm(update):
+    return dataclasses.replace(update, target_critics=TwinQ(3, 2, (8,), layer_norm=True))
+
+
 def own_method(update):
     update.policy.sample_actions = lambda *given, **named: None
 
@@ -266,6 +277,8 @@ CHANGES = [
     (wrong_chain, "policy has layers that are not built as our own"),
     (extra_parameter, "critics has parameters that a TwinQ has not"),
     (another_target, "target_critics is built otherwise than critics"),
+    (another_activation, "target_critics is built otherwise than critics"),
+    (another_layer_norm, "target_critics is built otherwise than critics"),
     (frozen, "do not require gradients"),
     (shared_layer, "networks share the memory of parameters"),
     (transposed, "policy has parameters that are not contiguous"),

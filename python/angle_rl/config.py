@@ -51,6 +51,8 @@ class Hyperparameters:
 
     agent: Literal["sac", "sac_discrete", "td3", "ddpg", "dqn", "q_learning"] = "sac"  # the algorithm
     hidden_sizes: tuple[Count, ...] = (256, 256)  # units of each hidden layer, in all networks
+    activation: Literal["relu", "tanh", "silu", "gelu"] = "relu"  # after each hidden layer, in all default networks
+    layer_norm: bool = False  # a LayerNorm in front of each of these activations, in all default networks
     # critics in the ensemble, whose minimum the target takes; auto: 2, or 1 (DDPG)
     critics: Count | Literal["auto"] = "auto"
     # Adam's step size: the critics', and the others' where they have none; Q-learning: share of the td error, at most 1

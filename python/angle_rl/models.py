@@ -13,7 +13,8 @@ safe from any thread while nobody trains them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,11 +31,39 @@ LOG_STD_RANGE = (-20.0, 2.0)
 """Where ``SquashedGaussianPolicy`` clamps ``log_std``: deviations from 2e-9 to 7.4 before squashing."""
 
 
-def multilayer_perceptron(inputs: int, hidden_sizes: Sequence[int]) -> nn.Sequential:
-    """``[..., inputs] -> [..., hidden_sizes[-1]]``: linear layers, a ReLU after each."""
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": partial(nn.ReLU, inplace=True),
+    "tanh": nn.Tanh,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+}
+"""What `activation` names in all networks; "gelu" is the exact one, by erf"""
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": partial(functional.relu, inplace=True),
+    "tanh": torch.tanh,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+}
+LAYER_NORM_EPSILON = 1e-5
+"""Added to the variance in every LayerNorm, as torch.nn.LayerNorm does"""
+
+
+def multilayer_perceptron(
+    inputs: int, hidden_sizes: Sequence[int], *, activation: str = "relu", layer_norm: bool = False
+) -> nn.Sequential:
+    """``[..., inputs] -> [..., hidden_sizes[-1]]``: linear layers, an activation after each.
+
+    With ``layer_norm`` a LayerNorm (Ba et al. 2016, arXiv:1607.06450) comes between the two. ValueError for an
+    activation that is none of ``ACTIVATIONS``.
+    """
+    _check_activation(activation)
     layers: list[nn.Module] = []
     for outputs in hidden_sizes:
-        layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
+        layers.append(nn.Linear(inputs, outputs))
+        if layer_norm:
+            layers.append(nn.LayerNorm(outputs, eps=LAYER_NORM_EPSILON))
+        layers.append(ACTIVATIONS[activation]())
         inputs = outputs
     return nn.Sequential(*layers)
 
@@ -114,14 +143,25 @@ class SquashedGaussianPolicy(PolicyModel):
         observation_dim: width of the observations, >= 1.
         low, high: ``[action_dim]`` bounds of the actions, finite, low below high.
         hidden_sizes: widths of the hidden layers, each >= 1.
+        activation: after each of them, "relu", "tanh", "silu" or "gelu".
+        layer_norm: a LayerNorm in front of each activation.
 
     ``log_std`` is clamped to ``LOG_STD_RANGE``.
     """
 
-    def __init__(self, observation_dim: int, low: Any, high: Any, hidden_sizes: Sequence[int] = (256, 256)) -> None:
+    def __init__(
+        self,
+        observation_dim: int,
+        low: Any,
+        high: Any,
+        hidden_sizes: Sequence[int] = (256, 256),
+        *,
+        activation: str = "relu",
+        layer_norm: bool = False,
+    ) -> None:
         _check_sizes(observation_dim=observation_dim, hidden_sizes=hidden_sizes)
         super().__init__(low, high)
-        self.body = multilayer_perceptron(observation_dim, hidden_sizes)
+        self.body = multilayer_perceptron(observation_dim, hidden_sizes, activation=activation, layer_norm=layer_norm)
         self.head = nn.Linear([observation_dim, *hidden_sizes][-1], 2 * self.action_scale.numel())
 
     def features(self, observations: Tensor) -> Tensor:
@@ -142,10 +182,19 @@ class DeterministicPolicy(PolicyModel):
     and gives a ``log_prob`` of zeros.
     """
 
-    def __init__(self, observation_dim: int, low: Any, high: Any, hidden_sizes: Sequence[int] = (256, 256)) -> None:
+    def __init__(
+        self,
+        observation_dim: int,
+        low: Any,
+        high: Any,
+        hidden_sizes: Sequence[int] = (256, 256),
+        *,
+        activation: str = "relu",
+        layer_norm: bool = False,
+    ) -> None:
         _check_sizes(observation_dim=observation_dim, hidden_sizes=hidden_sizes)
         super().__init__(low, high)
-        self.body = multilayer_perceptron(observation_dim, hidden_sizes)
+        self.body = multilayer_perceptron(observation_dim, hidden_sizes, activation=activation, layer_norm=layer_norm)
         self.head = nn.Linear([observation_dim, *hidden_sizes][-1], self.action_scale.numel())
 
     def noise_shape(self, batch: int) -> None:
@@ -168,12 +217,15 @@ class TwinQ(nn.Module):
     Args:
         observation_dim: width of the observations, >= 1.
         action_dim: width of the actions, >= 1.
-        hidden_sizes: widths of the hidden layers, each >= 1; ReLU between.
+        hidden_sizes: widths of the hidden layers, each >= 1.
         critics: number of networks, >= 1.
+        activation: after each hidden layer, "relu", "tanh", "silu" or "gelu".
+        layer_norm: a LayerNorm in front of each activation.
 
     Attributes:
         weights: one parameter ``[critics, out, in]`` a layer.
         biases: one parameter ``[critics, out]`` a layer.
+        scales, shifts: with ``layer_norm`` one parameter ``[critics, out]`` a hidden layer, ones and zeros at first.
 
     Member k is initialised as the k-th of ``critics`` stacks of ``torch.nn.Linear`` would be: all differ.
     """
@@ -184,10 +236,16 @@ class TwinQ(nn.Module):
         action_dim: int,
         hidden_sizes: Sequence[int] = (256, 256),
         critics: int = 2,
+        *,
+        activation: str = "relu",
+        layer_norm: bool = False,
     ) -> None:
         _check_sizes(observation_dim=observation_dim, action_dim=action_dim, hidden_sizes=hidden_sizes, critics=critics)
+        _check_activation(activation)
         super().__init__()
         self.critics = critics
+        self.activation = activation
+        self.layer_norm = layer_norm
         self.observation_dim = observation_dim
         self.action_dim = action_dim
         sizes = [observation_dim + action_dim, *hidden_sizes, 1]
@@ -199,6 +257,9 @@ class TwinQ(nn.Module):
             biases = [torch.stack([linear.bias for linear in layer]) for layer in layers]
         self.weights = nn.ParameterList(weights)
         self.biases = nn.ParameterList(biases)
+        if layer_norm:
+            self.scales = nn.ParameterList(torch.ones(critics, width) for width in hidden_sizes)
+            self.shifts = nn.ParameterList(torch.zeros(critics, width) for width in hidden_sizes)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """``[batch, observation_dim]``, ``[batch, action_dim]`` -> q, ``[critics, batch]``.
@@ -210,11 +271,13 @@ class TwinQ(nn.Module):
         _check_matrix("actions", actions, self.action_dim)
         # Activations are [critics, width, batch], so that weight gradients come out in the weights' layout.
         values = torch.cat((observations, actions), 1).t().expand(self.critics, -1, -1)
-        last = len(self.weights) - 1
+        last, activate = len(self.weights) - 1, _FUNCTIONS[self.activation]
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             values = torch.baddbmm(bias.unsqueeze(2), weight, values)
             if index < last:
-                values = functional.relu(values, inplace=True)
+                if self.layer_norm:
+                    values = _normalized(values, self.scales[index], self.shifts[index])
+                values = activate(values)
         return values.squeeze(1)
 
 
@@ -224,9 +287,11 @@ class QNetwork(nn.Module):
     Args:
         observation_space: what ``ObservationEncoder`` takes.
         actions: number of actions, >= 1.
-        hidden_sizes: widths of the hidden layers behind the encoder, each >= 1; ReLU between.
+        hidden_sizes: widths of the hidden layers behind the encoder, each >= 1.
         dueling: two streams, a value and advantages, that part before the last hidden layer and of which each has
             one: ``Q = V + A - mean(A)`` (Wang et al. 2016, arXiv:1511.06581, equation 9).
+        activation: after each hidden layer, "relu", "tanh", "silu" or "gelu".
+        layer_norm: a LayerNorm in front of each activation.
     """
 
     def __init__(
@@ -236,6 +301,8 @@ class QNetwork(nn.Module):
         hidden_sizes: Sequence[int] = (256, 256),
         *,
         dueling: bool = False,
+        activation: str = "relu",
+        layer_norm: bool = False,
     ) -> None:
         _check_sizes(actions=actions, hidden_sizes=hidden_sizes)
         super().__init__()
@@ -244,11 +311,12 @@ class QNetwork(nn.Module):
         self.encoder = ObservationEncoder(observation_space)
         shared, stream = (hidden_sizes[:-1], hidden_sizes[-1:]) if dueling else (hidden_sizes, ())
         width = [self.encoder.width, *shared][-1]
-        self.body = multilayer_perceptron(self.encoder.width, shared)
+        hidden = partial(multilayer_perceptron, activation=activation, layer_norm=layer_norm)
+        self.body = hidden(self.encoder.width, shared)
         last = [width, *stream][-1]
-        self.advantages = nn.Sequential(*multilayer_perceptron(width, stream), nn.Linear(last, actions))
+        self.advantages = nn.Sequential(*hidden(width, stream), nn.Linear(last, actions))
         if dueling:
-            self.value = nn.Sequential(*multilayer_perceptron(width, stream), nn.Linear(last, 1))
+            self.value = nn.Sequential(*hidden(width, stream), nn.Linear(last, 1))
 
     def forward(self, observations: Any) -> Tensor:
         """Observations as the space nests, each ``[batch, ...]`` -> q, ``[batch, actions]``."""
@@ -257,6 +325,18 @@ class QNetwork(nn.Module):
         if self.dueling:
             q = self.value(hidden) + q - q.mean(1, keepdim=True)
         return q
+
+
+def _normalized(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """LayerNorm over the features of ``[critics, features, batch]``, scale and shift ``[critics, features]``."""
+    variance, mean = torch.var_mean(values, 1, correction=0, keepdim=True)
+    normal = (values - mean) * torch.rsqrt(variance + LAYER_NORM_EPSILON)
+    return torch.addcmul(shift.unsqueeze(2), normal, scale.unsqueeze(2))
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
 
 
 def _check_matrix(name: str, tensor: Tensor, width: int) -> None:

@@ -61,6 +61,10 @@ class ActorCritic:
         hyperparameters = config.hyperparameters
         self.config = config
         self._hyperparameters = hyperparameters
+        self._layers: dict[str, Any] = {  # of the default networks
+            "activation": hyperparameters.activation,
+            "layer_norm": hyperparameters.layer_norm,
+        }
         self._q_future: QFuture = minimum_over_target_critics if q_future is None else q_future
         self._updates_per_step = Fraction(hyperparameters.updates_per_step).limit_denominator(1_000_000)
         interval = hyperparameters.policy_update_interval
@@ -98,7 +102,7 @@ class ActorCritic:
     def default_critics(self, observation_dim: int, action_space: gymnasium.Space[Any], number: int) -> torch.nn.Module:
         """So many critics for flat observations and actions."""
         action_dim = flat_dim(action_space, "action", "critics")
-        return TwinQ(observation_dim, action_dim, self._hyperparameters.hidden_sizes, number)
+        return TwinQ(observation_dim, action_dim, self._hyperparameters.hidden_sizes, number, **self._layers)
 
     def random_actions(self, state: ActorCriticState, n: int, key: RandomKey) -> torch.Tensor:
         """Actions to take before learning starts, ``[n, *action_shape]``, uniform."""

@@ -30,7 +30,9 @@ class DDPG(ActorCritic):
 
     def default_policy(self, observation_dim: int, bounds: ActionBounds) -> torch.nn.Module:
         """A deterministic policy."""
-        return DeterministicPolicy(observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes)
+        return DeterministicPolicy(
+            observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes, **self._layers
+        )
 
     @known_as("deterministic")
     def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:

@@ -115,7 +115,12 @@ class DQN:
         if critics is None:
             with seeded_torch(network_key, device):
                 critics = QNetwork(
-                    observation_space, actions, hyperparameters.hidden_sizes, dueling=hyperparameters.dueling
+                    observation_space,
+                    actions,
+                    hyperparameters.hidden_sizes,
+                    dueling=hyperparameters.dueling,
+                    activation=hyperparameters.activation,
+                    layer_norm=hyperparameters.layer_norm,
                 )
         elif not isinstance(critics, torch.nn.Module):
             raise TypeError(f"critics is a {type(critics).__name__}; it must be a module, observations -> q")

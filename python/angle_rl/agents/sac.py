@@ -26,7 +26,9 @@ class SAC(ActorCritic):
 
     def default_policy(self, observation_dim: int, bounds: ActionBounds) -> torch.nn.Module:
         """A squashed Gaussian."""
-        return SquashedGaussianPolicy(observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes)
+        return SquashedGaussianPolicy(
+            observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes, **self._layers
+        )
 
     def finish_init(self, state: ActorCriticState) -> None:
         """The entropy coefficient: a parameter and its optimiser if learned, otherwise a constant."""

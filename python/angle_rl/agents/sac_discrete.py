@@ -35,15 +35,24 @@ class CategoricalPolicy(nn.Module):
         observation_dim: width of the observations, >= 1.
         actions: number of actions, >= 1.
         start: the first action.
-        hidden_sizes: widths of the hidden layers, each >= 1; ReLU between.
+        hidden_sizes: widths of the hidden layers, each >= 1.
+        activation: after each of them, "relu", "tanh", "silu" or "gelu".
+        layer_norm: a LayerNorm in front of each activation.
     """
 
     def __init__(
-        self, observation_dim: int, actions: int, start: int = 0, hidden_sizes: Sequence[int] = (256, 256)
+        self,
+        observation_dim: int,
+        actions: int,
+        start: int = 0,
+        hidden_sizes: Sequence[int] = (256, 256),
+        *,
+        activation: str = "relu",
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         self.start = start
-        self.body = multilayer_perceptron(observation_dim, hidden_sizes)
+        self.body = multilayer_perceptron(observation_dim, hidden_sizes, activation=activation, layer_norm=layer_norm)
         self.head = nn.Linear([observation_dim, *hidden_sizes][-1], actions)
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -87,12 +96,18 @@ class DiscreteQ(nn.Module):
         start: int = 0,
         hidden_sizes: Sequence[int] = (256, 256),
         critics: int = 2,
+        *,
+        activation: str = "relu",
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         self.start = start
         width = [observation_dim, *hidden_sizes][-1]
         self.members = nn.ModuleList(
-            nn.Sequential(multilayer_perceptron(observation_dim, hidden_sizes), nn.Linear(width, actions))
+            nn.Sequential(
+                multilayer_perceptron(observation_dim, hidden_sizes, activation=activation, layer_norm=layer_norm),
+                nn.Linear(width, actions),
+            )
             for _ in range(critics)
         )
 
@@ -141,7 +156,11 @@ class DiscreteSAC(ActorCritic):
     def default_policy(self, observation_dim: int, bounds: ActionBounds) -> torch.nn.Module:
         """A categorical policy."""
         return CategoricalPolicy(
-            observation_dim, _number_of_actions(bounds), int(bounds.low), self._hyperparameters.hidden_sizes
+            observation_dim,
+            _number_of_actions(bounds),
+            int(bounds.low),
+            self._hyperparameters.hidden_sizes,
+            **self._layers,
         )
 
     def default_critics(self, observation_dim: int, action_space: gymnasium.Space[Any], number: int) -> torch.nn.Module:
@@ -153,6 +172,7 @@ class DiscreteSAC(ActorCritic):
             int(bounds.low),
             self._hyperparameters.hidden_sizes,
             number,
+            **self._layers,
         )
 
     def finish_init(self, state: ActorCriticState) -> None:

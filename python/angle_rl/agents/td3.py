@@ -26,7 +26,9 @@ class TD3(ActorCritic):
 
     def default_policy(self, observation_dim: int, bounds: ActionBounds) -> torch.nn.Module:
         """A deterministic policy."""
-        return DeterministicPolicy(observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes)
+        return DeterministicPolicy(
+            observation_dim, bounds.low, bounds.high, self._hyperparameters.hidden_sizes, **self._layers
+        )
 
     @known_as("smoothed")
     def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:

@@ -171,16 +171,22 @@ def _parts(name: str, network: nn.Module) -> tuple[list[Tensor], list[str]]:
 
 def _stacked_parts(name: str, network: TwinQ) -> tuple[list[Tensor], list[str]]:
     _require(network.critics <= MOST_CRITICS, f"{name} are {network.critics}, more than {MOST_CRITICS}")
-    weights, biases = list(network.weights), list(network.biases)
-    width, parameters = network.observation_dim + network.action_dim, []
-    for weight, bias in zip(weights, biases, strict=True):
+    scales, shifts = (list(network.scales), list(network.shifts)) if network.layer_norm else ([], [])
+    width, parameters = network.observation_dim + network.action_dim, list[Tensor]()
+    for weight, bias in zip(network.weights, network.biases, strict=True):
         out = weight.shape[1] if weight.dim() == 3 else -1
-        fits = tuple(weight.shape) == (network.critics, out, width) and tuple(bias.shape) == (network.critics, out)
+        rows = [bias]
+        if network.layer_norm and len(parameters) < 4 * len(scales):
+            rows += [scales[len(parameters) // 4], shifts[len(parameters) // 4]]
+        fits = tuple(weight.shape) == (network.critics, out, width)
+        fits = fits and all(tuple(row.shape) == (network.critics, out) for row in rows)
         _require(fits, f"{name} has parameters of other shapes than a TwinQ")
-        parameters += [weight, bias]
+        parameters += [weight, *rows]
         width = out
-    _require(width == 1, f"{name} has parameters of other shapes than a TwinQ")
-    return parameters, []
+    hidden = len(network.weights) - 1
+    fits = width == 1 and network.activation in ACTIVATIONS.values() and len(scales) in (0, hidden)
+    _require(fits, f"{name} has parameters of other shapes than a TwinQ")
+    return parameters, [network.activation] * hidden
 
 
 def _layers(name: str, body: nn.Module) -> list[Hidden]:
