@@ -12,10 +12,10 @@ from gymnasium import spaces
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import angle_rl.engines
+from angle_rl import _core
 from angle_rl.agents import DDPG, DQN, SAC, TD3, DiscreteSAC
 from angle_rl.config import AgentConfig, Hyperparameters, Training
-from angle_rl.engines import TorchEngine, describe_engine, make_engine, native_refusal
+from angle_rl.engines import NativeEngine, TorchEngine, describe_engine, make_engine, native_refusal
 from angle_rl.engines.recognize import hidden_layers
 from angle_rl.models import DeterministicPolicy, QNetwork, SquashedGaussianPolicy, TwinQ
 from angle_rl.replay import PrioritizedReplayBuffer
@@ -372,21 +372,14 @@ def test_hidden_layers_are_read_in_order():
 # Which engine is made -----------------------------------------------------------------------------------------
 
 
-class FakeNative:
-    name, why = "native", "auto: for a test"
-
-    def __init__(self, spec, update, learner_threads, precision):
-        self.given = learner_threads, precision
-
-
-def test_auto_takes_native_where_it_can_and_says_why_not(monkeypatch):
+def test_auto_takes_native_where_it_can_and_says_why_not():
     spec, update, _ = asked()
-    monkeypatch.setattr(angle_rl.engines, "NATIVE", FakeNative)
-    engine = make_engine(spec, update, learner_threads=2, precision="bfloat16")
-    assert isinstance(engine, FakeNative)
-    assert engine.given == (2, "bfloat16")
-    assert describe_engine("auto", engine) == "engine native (auto: for a test)"
-    assert isinstance(make_engine(spec, update, "native"), FakeNative)
+    engine = make_engine(spec, update, learner_threads=2)
+    assert isinstance(engine, NativeEngine)
+    assert engine.threads == 2
+    line = describe_engine("auto", engine)
+    assert line == f"engine native (auto: our own networks on a CPU; {_core.isa()}, 2 threads)"
+    assert isinstance(make_engine(spec, update, "native"), NativeEngine)
     assert isinstance(make_engine(spec, update, "torch"), TorchEngine)
     own_sample(update)
     engine = make_engine(spec, update)
@@ -397,26 +390,15 @@ def test_auto_takes_native_where_it_can_and_says_why_not(monkeypatch):
         make_engine(spec, update, "native")
 
 
-def test_without_a_native_engine_auto_is_torch_and_native_an_error(monkeypatch):
-    spec, update, _ = asked()
-    monkeypatch.setattr(angle_rl.engines, "NATIVE", None)
-    engine = make_engine(spec, update)
-    assert describe_engine("auto", engine) == "engine torch (auto: not native, since this version has none)"
-    assert describe_engine("auto").startswith("engine torch (auto: ")
-    with pytest.raises(ValueError, match="engine is 'native'"):
-        make_engine(spec, update, "native")
-
-
 @pytest.mark.parametrize("kind", [SAC, TD3, DDPG, DQN])
-def test_agents_ask_for_the_engine_of_their_config(monkeypatch, kind):
-    monkeypatch.setattr(angle_rl.engines, "NATIVE", FakeNative)
-    training = {"engine": "native", "learner_threads": 3, "precision": "bfloat16"}
-    _, _, state = asked(kind, training=training)
-    assert state.engine.given == (3, "bfloat16")
+def test_agents_ask_for_the_engine_of_their_config(kind):
+    _, _, state = asked(kind, training={"engine": "native", "learner_threads": 3})
+    assert isinstance(state.engine, NativeEngine)
+    assert state.engine.threads == 3
     _, _, state = asked(kind)
     assert describe_engine("torch", state.engine) == "engine torch (as configured)"
     _, _, state = asked(kind, training={"engine": "auto"})
-    assert isinstance(state.engine, FakeNative)
+    assert isinstance(state.engine, NativeEngine)
 
 
 def test_a_precision_that_the_torch_engine_lacks_is_refused():

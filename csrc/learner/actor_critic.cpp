@@ -37,10 +37,11 @@ class ActorCritic final : public Phases<T> {
   bool one(const UpdateCall& call, size_t t) override {
     const bool last_thread = t + 1 == team.size();
     const uint64_t target_key = split(call.key, 0);
-    if (last_thread) draw_next_noise(target_key);
+    // A subset of the critics is drawn with a key of its own, and then the rest with another.
+    if (last_thread) draw_next_noise(options.critic_subset > 0 ? split(target_key, 1) : target_key);
     const bool sampled = alone(t, [&] {
       outcome.policy_stepped = false;
-      choose_targets(target_key);
+      choose_targets(split(target_key, 0));
       draw(*batch, critic_rows);
       ++outcome.done;
     });
@@ -136,6 +137,7 @@ class ActorCritic final : public Phases<T> {
       *matrix = s.matrix<T>(actions, batch_size);
     }
     least = s.take<uint32_t>(batch_size);
+    shares = s.take<double>(options.critics);
     optimizers.resize(2);
     optimizers[kPolicy].lay_out(s, policy.shape, 1, options.threads);
     optimizers[kCritics].lay_out(s, critics.shape, options.critics, options.threads);
@@ -154,10 +156,18 @@ class ActorCritic final : public Phases<T> {
     if (options.policy_loss == PolicyLoss::kSoft) philox_normal(key, noise, options.batch * options.action_dim);
   }
 
-  // Which target critics this update takes the minimum of.
-  void choose_targets(uint64_t) {
+  // Which target critics this update takes the minimum of: all, or the first places of a shuffle with the key
+  // (Durstenfeld 1964).
+  void choose_targets(uint64_t key) {
     std::iota(chosen.begin(), chosen.end(), size_t{0});
     chosen_count = options.critics;
+    if (options.critic_subset == 0) return;
+    chosen_count = options.critic_subset;
+    philox_uniform(key, shares, options.critics);
+    for (size_t i = 0; i < chosen_count; ++i) {
+      const double left = static_cast<double>(options.critics - i);
+      std::swap(chosen[i], chosen[i + static_cast<size_t>(shares[i] * left)]);
+    }
   }
 
   // --- Phases by columns ---
@@ -392,8 +402,9 @@ class ActorCritic final : public Phases<T> {
     entropy_coefficient = static_cast<double>(std::exp(*slot.value));
   }
 
-  std::vector<size_t> chosen;  // target critics of this update
+  std::vector<size_t> chosen;  // the first chosen_count of them: target critics of this update
   size_t chosen_count = 0;
+  double* shares;  // [critics], uniforms
 
   Ensemble<T> policy, critics, target_policy, target_critics;
   Matrix<T> critic_inputs, policy_inputs;  // [batch, observation_dim + action_dim], [batch, observation_dim]

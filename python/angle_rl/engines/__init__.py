@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from angle_rl.engines.base import Bounds, Engine, NextValues, PolicyLoss, Update, UpdateResult
+from angle_rl.engines.native import NativeEngine
 from angle_rl.engines.recognize import native_refusal
 from angle_rl.engines.torch import TorchEngine
 from angle_rl.types import UpdateSpec
@@ -12,6 +11,7 @@ from angle_rl.types import UpdateSpec
 __all__ = [
     "Bounds",
     "Engine",
+    "NativeEngine",
     "NextValues",
     "PolicyLoss",
     "TorchEngine",
@@ -21,12 +21,6 @@ __all__ = [
     "make_engine",
     "native_refusal",
 ]
-
-NativeEngine = Callable[[UpdateSpec, Update, "int | None", str], Engine]
-"""``f(spec, update, learner_threads, precision)``"""
-
-NATIVE: NativeEngine | None = None
-"""The native engine's class; None: this version has none"""
 
 
 def make_engine(
@@ -44,9 +38,11 @@ def make_engine(
     """
     if requested == "torch":
         return TorchEngine(spec, update, why="as configured")
-    refusal = "this version has none" if NATIVE is None else native_refusal(spec, update)
-    if NATIVE is not None and refusal is None:
-        return NATIVE(spec, update, learner_threads, precision)
+    refusal = native_refusal(spec, update)
+    if precision != "float32" and refusal is None:
+        refusal = f"it does not compute in {precision}"
+    if refusal is None:
+        return NativeEngine(spec, update, learner_threads, why=requested)
     if requested == "native":
         raise ValueError(f"engine is 'native', which does not take this update: {refusal}; 'torch' takes any")
     return TorchEngine(spec, update, why=f"auto: not native, since {refusal}")
@@ -58,6 +54,4 @@ def describe_engine(requested: str, engine: Engine | None = None) -> str:
         return f"engine {engine.name} ({engine.why})"
     if requested != "auto":
         return f"engine {requested} (as configured)"
-    if NATIVE is None:
-        return "engine torch (auto: it takes any network on any device, and is the only engine of this version)"
     return "engine native (auto: where it takes the networks, and torch elsewhere)"

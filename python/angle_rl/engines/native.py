@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from angle_rl import _core
 from angle_rl.engines.base import Update, UpdateResult
-from angle_rl.models import LOG_STD_RANGE, QNetwork, TwinQ
+from angle_rl.engines.recognize import hidden_layers, kind_of
+from angle_rl.models import LAYER_NORM_EPSILON, LOG_STD_RANGE, QNetwork, TwinQ
 from angle_rl.types import Array, Batch, RandomKey, UpdateSpec
 
 NEXT_VALUES = {"soft": 0, "smoothed": 1, "deterministic": 2, "double": 3, "maximum": 4}
@@ -37,10 +39,12 @@ class NativeEngine:
 
     name = "native"
 
-    def __init__(self, spec: UpdateSpec, update: Update, threads: int | None = None) -> None:
+    def __init__(self, spec: UpdateSpec, update: Update, threads: int | None = None, *, why: str = "native") -> None:
         self._spec = spec
         self._update = update
         self.threads = usable_threads() if threads is None else threads
+        reason = "auto: our own networks on a CPU" if why == "auto" else "as configured"
+        self.why = f"{reason}; {_core.isa()}, {self.threads} thread{'s' if self.threads > 1 else ''}"
         self._networks = networks_of(update)
         self._pairs = [
             (parameter, target, network.optimizer)
@@ -202,22 +206,23 @@ class NativeEngine:
 
 
 class Network(NamedTuple):
-    """One of the networks that learn, or a part of it, as layers of one kind."""
+    """One of the networks that learn, or a part of it: layers of one kind."""
 
     layers: Layers
     targets: list[list[Any]]  # its slow copy's, in the same order; None where there is none
     optimizer: str
-    module: Any  # says activation and layer norm
     inputs: int
-    hidden_end: bool  # the last layer is a hidden one
+    kind: tuple[str, bool, float]  # of its hidden layers, see `kind_of`
+    hidden_end: bool = False  # the last layer is a hidden one, too
 
     def shape(self) -> dict[str, Any]:
         """What the compiled learner has to know of it."""
+        activation, layer_norm, epsilon = self.kind
         return {
             "sizes": [self.inputs, *[layer[0].shape[-2] for layer in self.layers]],
-            "activation": ACTIVATIONS[getattr(self.module, "activation", "relu")],
-            "layer_norm": bool(getattr(self.module, "layer_norm", False)),
-            "norm_epsilon": 1e-5,
+            "activation": ACTIVATIONS[activation],
+            "layer_norm": layer_norm,
+            "norm_epsilon": epsilon,
             "hidden_end": self.hidden_end,
         }
 
@@ -225,41 +230,46 @@ class Network(NamedTuple):
 def networks_of(update: Update) -> list[Network]:
     """The networks that an update learns, in the compiled learner's order."""
     critics, target = update.critics, update.target_critics
-    if type(critics) is QNetwork and type(target) is QNetwork:
-        width = critics.encoder.width
+    if isinstance(critics, QNetwork) and isinstance(target, QNetwork):
         if not critics.dueling:
-            own, slow = (sequential_layers([*q.body, *q.advantages]) for q in (critics, target))
-            return [Network(own, slow, "critics", critics, width, False)]
-        parts = [Network(*_parts(critics, target, "body"), "critics", critics, width, True)]
-        inner = [width, *[layer[0].shape[0] for layer in parts[0].layers]][-1]
-        heads = [_parts(critics, target, name) for name in ("advantages", "value")]
-        return parts + [Network(*head, "critics", critics, inner, False) for head in heads]
-    policy, slow_policy = update.policy, update.target_policy
-    assert type(critics) is TwinQ
-    assert type(target) is TwinQ
-    assert policy is not None
-    own = sequential_layers([*policy.body, policy.head])
-    none: list[list[Any]] = [[None] * len(layer) for layer in own]
-    slow = none if slow_policy is None else sequential_layers([*slow_policy.body, slow_policy.head])
-    stacked = [stacked_layers(q) for q in (critics, target)]
+            own, slow = (nn.Sequential(*q.body, *q.advantages) for q in (critics, target))
+            return [_sequential(own, slow, "critics", critics.encoder.width)]
+        trunk = _sequential(critics.body, target.body, "critics", critics.encoder.width)._replace(hidden_end=True)
+        width = trunk.shape()["sizes"][-1]
+        return [
+            trunk,
+            _sequential(critics.advantages, target.advantages, "critics", width),
+            _sequential(critics.value, target.value, "critics", width),
+        ]
+    policy: Any = update.policy
+    slow_policy: Any = update.target_policy
+    own = nn.Sequential(*policy.body, policy.head)
+    slow = None if slow_policy is None else nn.Sequential(*slow_policy.body, slow_policy.head)
+    assert isinstance(critics, TwinQ)
+    assert isinstance(target, TwinQ)
+    kind = (critics.activation, critics.layer_norm, LAYER_NORM_EPSILON)
+    width = critics.observation_dim + critics.action_dim
     return [
-        Network(own, slow, "policy", policy, own[0][0].shape[1], False),
-        Network(*stacked, "critics", critics, critics.observation_dim + critics.action_dim, False),
+        _sequential(own, slow, "policy", width - critics.action_dim),
+        Network(stacked_layers(critics), stacked_layers(target), "critics", width, kind),
     ]
 
 
-def _parts(network: QNetwork, target: QNetwork, name: str) -> tuple[Layers, Layers]:
-    own, slow = (sequential_layers(list(getattr(q, name))) for q in (network, target))
-    return own, slow
+def _sequential(own: nn.Sequential, slow: nn.Sequential | None, optimizer: str, inputs: int) -> Network:
+    layers = sequential_layers(own)
+    targets = [[None] * len(layer) for layer in layers] if slow is None else sequential_layers(slow)
+    hidden = hidden_layers(own if len(own) == 0 or not isinstance(own[-1], nn.Linear) else own[:-1])
+    kind = kind_of(hidden[0]) if hidden else ("relu", False, LAYER_NORM_EPSILON)
+    return Network(layers, targets, optimizer, inputs, kind)
 
 
-def sequential_layers(modules: list[Any]) -> Layers:
-    """The layers of linear modules, each perhaps followed by a layer norm: ``[outputs, inputs]`` and ``[outputs]``."""
+def sequential_layers(modules: nn.Sequential) -> Layers:
+    """The layers of linear modules, each perhaps followed by a LayerNorm: ``[outputs, inputs]`` and ``[outputs]``."""
     layers: Layers = []
     for module in modules:
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, nn.Linear):
             layers.append([module.weight, module.bias])
-        elif isinstance(module, torch.nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm):
             layers[-1] += [module.weight, module.bias]
     return layers
 
@@ -267,7 +277,7 @@ def sequential_layers(modules: list[Any]) -> Layers:
 def stacked_layers(critics: TwinQ) -> Layers:
     """The layers of stacked critics, ``[critics, outputs, inputs]`` and ``[critics, outputs]``."""
     layers = [list(pair) for pair in zip(critics.weights, critics.biases, strict=True)]
-    norms = zip(getattr(critics, "scales", ()), getattr(critics, "shifts", ()), strict=True)
+    norms = zip(critics.scales, critics.shifts, strict=True) if critics.layer_norm else ()
     for layer, norm in zip(layers, norms, strict=False):
         layer += norm
     return layers

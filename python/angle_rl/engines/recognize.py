@@ -16,7 +16,7 @@ from torch.optim import optimizer as torch_optimizers
 
 from angle_rl.encoders import ObservationEncoder, VectorEncoder
 from angle_rl.engines.base import Update
-from angle_rl.models import DeterministicPolicy, QNetwork, SquashedGaussianPolicy, TwinQ
+from angle_rl.models import LAYER_NORM_EPSILON, DeterministicPolicy, QNetwork, SquashedGaussianPolicy, TwinQ
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
 from angle_rl.types import UpdateSpec
 
@@ -86,6 +86,11 @@ def hidden_layers(body: nn.Module) -> list[Hidden] | None:
                 return None
         layers.append(Hidden(linear, norm, ACTIVATIONS[type(activation)]))  # type: ignore[arg-type]
     return layers
+
+
+def kind_of(layer: Hidden) -> tuple[str, bool, float]:
+    """A hidden layer's activation, whether it has a LayerNorm, and what that adds to the variance."""
+    return layer.activation, layer.norm is not None, LAYER_NORM_EPSILON if layer.norm is None else layer.norm.eps
 
 
 # The parts, one by one ----------
@@ -193,6 +198,8 @@ def _layers(name: str, body: nn.Module) -> list[Hidden]:
     layers = hidden_layers(body)
     if layers is None:
         raise _RefusalError(f"{name} has hidden layers that are not built as our own")
+    kinds = {kind_of(layer) for layer in layers}
+    _require(len(kinds) <= 1, f"{name} has hidden layers of several kinds")
     return layers
 
 
@@ -292,7 +299,7 @@ def _check_replay(update: Update) -> None:
     width = math.prod(observations.shape) if len(observations.shape) == 1 else -1
     if isinstance(critics, QNetwork):
         _require(width == critics.encoder.width, "the replay's observations are not as wide as the critics'")
-        _require(actions.dtype.kind in "iu" and actions.shape == (), "the replay's actions are no single integers")
+        _require(actions.dtype == np.int64 and actions.shape == (), "the replay's actions are no single int64")
         return
     policy: Any = update.policy
     first = [*(hidden_layers(policy.body) or []), Hidden(policy.head, None, "")][0].linear
