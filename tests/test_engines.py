@@ -369,3 +369,104 @@ def test_the_third_in_a_row_stops_in_the_middle_of_a_call(tmp_path):
 
 def test_the_engine_of_an_agent_is_torch_by_default():
     assert isinstance(made(rows=0)[1].engine, TorchEngine)
+
+
+# Gradients that are not finite --------------------------------------------------------------------------------
+
+
+class BadGradient(torch.autograd.Function):
+    """The identity, whose gradient has one entry that is not finite."""
+
+    @staticmethod
+    def forward(ctx, values, entry):
+        ctx.entry = entry
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = ctx.entry
+        return gradient, None
+
+
+class SpoiledGradient(SAC):
+    """SAC whose policy's loss is finite, and its gradient is not, in the policy steps given."""
+
+    bad: tuple[int, ...] = ()
+    asked = 0
+
+    def policy_loss(self, state, batch, key):
+        learned = super().policy_loss(state, batch, key)
+        self.asked += 1
+        return (
+            learned._replace(loss=BadGradient.apply(learned.loss, float("inf"))) if self.asked in self.bad else learned
+        )
+
+
+def spoil_critics(state, entry):
+    """Critics whose q values are as they were, and whose gradients have one entry that is not finite."""
+    forward = state.critics.forward
+    state.critics.forward = lambda *given: BadGradient.apply(forward(*given), entry)
+
+
+@pytest.mark.parametrize("entry", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("max_gradient_norm", [None, 1.0])
+def test_a_critic_gradient_that_is_not_finite_stops_the_update_before_its_step(entry, max_gradient_norm):
+    agent, state = made(max_gradient_norm=max_gradient_norm)
+    assert state.engine.update(RandomKey(0), 1).finite
+    spoil_critics(state, entry)
+    before, priorities = tensors_of(agent, state), []
+    state.replay.update_priorities = lambda *given: priorities.append(given)
+    result = state.engine.update(RandomKey(1), 1)
+    assert not result.finite
+    assert torch.isfinite(result.critic_loss)
+    assert result.policy_loss is None
+    assert priorities == []
+    after = tensors_of(agent, state)
+    for name, tensor in before.items():  # the replay has counted a draw
+        assert torch.equal(tensor, after[name]) or name.startswith("replay."), name
+    assert all(parameter.grad is None for parameter in state.critics.parameters())
+
+
+def test_a_policy_gradient_that_is_not_finite_leaves_the_critics_step_and_nothing_behind():
+    agent, state = made(SpoiledGradient)
+    agent.bad = (2,)
+    assert state.engine.update(RandomKey(0), 1).finite
+    before, priorities = tensors_of(agent, state), []
+    state.replay.update_priorities = lambda *given: priorities.append(given)
+    result = state.engine.update(RandomKey(1), 1)
+    assert not result.finite
+    assert torch.isfinite(result.policy_loss)
+    assert priorities == []
+    after = tensors_of(agent, state)
+    for name, tensor in before.items():
+        if name.startswith(("policy.", "target_critics.", "optimizers.policy.", "log_entropy", "optimizers.entropy")):
+            assert torch.equal(tensor, after[name]), name
+        if name.startswith(("critics.", "optimizers.critics.")):
+            assert not torch.equal(tensor, after[name]), name
+    assert all(parameter.requires_grad for parameter in state.critics.parameters())
+
+
+def test_gradients_whose_squares_overflow_are_finite():
+    _, state = made(DDPG, replay="uniform")
+    before = [parameter.clone() for parameter in state.critics.parameters()]
+    hook = state.critics.weights[-1].register_hook(lambda gradient: torch.full_like(gradient, 1e19))
+    assert state.engine.update(RandomKey(0), 1).finite
+    hook.remove()
+    assert not any(torch.equal(old, new) for old, new in zip(before, state.critics.parameters(), strict=True))
+
+
+def test_the_third_gradient_in_a_row_that_is_not_finite_stops_the_run_and_is_named(tmp_path):
+    config = small(tmp_path, 60)
+    trainer = AgentTrainer(config, walk_feed())
+    spoil_critics(trainer.rl_state.agent_state, float("nan"))
+    with pytest.raises(LossNotFiniteError, match="the critic gradient is not finite in 3 updates in a row"):
+        trainer.train()
+    assert (trainer.updates, trainer.skipped_updates) == (0, 3)
+    config = small(tmp_path, 60, agent="sac")
+    agent = SpoiledGradient(config)
+    agent.bad = (3, 5, 6, 7)
+    trainer = AgentTrainer(config, walk_feed(), agent=agent)
+    with pytest.raises(LossNotFiniteError, match="the policy gradient is not finite in 3 updates in a row"):
+        trainer.train()
+    assert (trainer.updates, trainer.skipped_updates) == (3, 4)

@@ -239,7 +239,7 @@ class ActorCritic:
     def optimize_model(self, rl_state: RLState) -> RLState:
         """The updates, policy steps and meta steps that are due since the last call.
 
-        LossNotFiniteError at the third update in a row whose loss is not finite.
+        LossNotFiniteError at the third update in a row whose loss or gradient is not finite.
         """
         return optimize_when_due(rl_state, self._hyperparameters, self._updates_per_step, self._plan)
 

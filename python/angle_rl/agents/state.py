@@ -25,7 +25,7 @@ NOISE = "noise"  # the exploration noise's name in a checkpoint
 
 
 class LossNotFiniteError(ArithmeticError):
-    """The third update in a row had a NaN or infinite loss."""
+    """The third update in a row had a NaN or infinite loss or gradient."""
 
 
 @dataclass(kw_only=True)
@@ -47,9 +47,9 @@ class LearnerState:
     held_back: int = 0  # updates that were due then and wait for more, to be taken in one call
     updates: int = 0  # updates taken
     policy_updates: int = 0  # policy steps taken
-    skipped_updates: int = 0  # updates left out for a loss that was not finite
-    skipped_in_a_row: int = 0  # since critic and policy losses were last finite
-    policy_skipped: int = 0  # 1 if the newest policy loss was not finite
+    skipped_updates: int = 0  # updates left out for a loss or gradient that was not finite
+    skipped_in_a_row: int = 0  # since critic and policy losses and gradients were last finite
+    policy_skipped: int = 0  # 1 if the newest policy loss, or its gradient, was not finite
     last_update: UpdateResult | None = None  # the newest update's batch, values and losses
     engine: Engine = field(init=False)
 
@@ -120,9 +120,10 @@ def count_update(state: LearnerState, result: UpdateResult, policy_steps: int) -
     state.skipped_in_a_row += 1
     state.policy_skipped = 0 if result.policy_loss is None else 1
     if state.skipped_in_a_row > SKIPS_ALLOWED:
-        which = "critic loss" if result.policy_loss is None else "policy loss"
-        value = float(result.critic_loss if result.policy_loss is None else result.policy_loss)
-        raise LossNotFiniteError(f"the {which} is {value} in {state.skipped_in_a_row} updates in a row")
+        which = "critic" if result.policy_loss is None else "policy"
+        loss = float(result.critic_loss if result.policy_loss is None else result.policy_loss)
+        what = f"{which} gradient is not finite" if math.isfinite(loss) else f"{which} loss is {loss}"
+        raise LossNotFiniteError(f"the {what} in {state.skipped_in_a_row} updates in a row")
 
 
 Plan = Callable[[int, int], tuple[int, bool]]

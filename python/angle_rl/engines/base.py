@@ -65,7 +65,7 @@ class Update:
 class UpdateResult(NamedTuple):
     """What an update leaves for the caller. Tensors carry no gradient, and hold until the engine's next update."""
 
-    finite: bool  # False: a loss was NaN or infinite, and what it would have changed was left alone
+    finite: bool  # False: a loss or gradient was NaN or infinite, and what it would have changed was left alone
     batch: Batch  # what the critics learned on
     q: torch.Tensor  # [critics, batch], before the step
     critic_loss: torch.Tensor  # scalar

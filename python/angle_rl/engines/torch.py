@@ -34,8 +34,8 @@ class TorchEngine:
     def update(self, random_key: RandomKey, policy_steps: int, copy_targets: bool = False) -> UpdateResult:
         """One critic step, `policy_steps` policy steps, and the targets' update where it is due.
 
-        A loss that is NaN or infinite ends the update there: its step, the new priorities and the targets' update
-        are left out.
+        A loss or gradient that is NaN or infinite ends the update there: its step, the new priorities and the
+        targets' update are left out.
         """
         spec, update = self._spec, self._update
         target_key, *policy_keys = random_key.split(1 + policy_steps)
@@ -55,15 +55,14 @@ class TorchEngine:
             policy_loss=None,
             log_prob=None,
         )
-        if not result.finite:
-            return result
-        self._descend(critic_loss, update.optimizers["critics"])
+        if not result.finite or not self._descend(critic_loss, update.optimizers["critics"]):
+            return result._replace(finite=False)
 
         for key in policy_keys:
-            learned = self._policy_step(batch if spec.policy_batch == "critic" else self._sample(), key)
+            learned, stepped = self._policy_step(batch if spec.policy_batch == "critic" else self._sample(), key)
             log_prob = None if learned.log_prob is None else learned.log_prob.detach()
             result = result._replace(policy_loss=learned.loss.detach(), log_prob=log_prob)
-            if not _is_finite(learned.loss):
+            if not stepped:
                 return result._replace(finite=False)
             update.after_policy_step(learned)
 
@@ -88,27 +87,36 @@ class TorchEngine:
         batch: Batch = self._update.replay.sample(self._spec.batch_size, device=self._sample_device)
         return batch
 
-    def _policy_step(self, batch: Batch, key: RandomKey) -> PolicyLoss:
-        """One step of the policy, through critics whose own gradients are neither computed nor touched."""
+    def _policy_step(self, batch: Batch, key: RandomKey) -> tuple[PolicyLoss, bool]:
+        """One step of the policy, through critics whose own gradients are neither computed nor touched, and whether
+        it was finite and taken.
+        """
         for parameter in self._critic_parameters:
             parameter.requires_grad_(False)
         try:
             learned = self._update.policy_loss(batch, key)
-            if _is_finite(learned.loss):
-                self._descend(learned.loss, self._update.optimizers["policy"])
+            stepped = _is_finite(learned.loss) and self._descend(learned.loss, self._update.optimizers["policy"])
         finally:
             for parameter in self._critic_parameters:
                 parameter.requires_grad_(True)
-        return learned
+        return learned, stepped
 
-    def _descend(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    def _descend(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> bool:
+        """A step down the loss; False, and no step, where a gradient is not finite."""
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # One look at the norm, and at every gradient only where it is not finite: large ones' squares may overflow.
+        if not _is_finite(norm) and not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            optimizer.zero_grad(set_to_none=True)
+            return False
         if self._spec.max_gradient_norm is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self._spec.max_gradient_norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._spec.max_gradient_norm, norm)
         optimizer.step()
+        return True
 
 
-def _is_finite(loss: torch.Tensor) -> bool:
-    return math.isfinite(loss.item())
+def _is_finite(scalar: torch.Tensor) -> bool:
+    return math.isfinite(scalar.item())
