@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from fractions import Fraction
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 from gymnasium import spaces
 
 from angle_rl.agents import DDPG, DQN, SAC, TD3, DiscreteSAC
+from angle_rl.agents.noise import random_subset
 from angle_rl.agents.state import LATER_COUNTERS, LossNotFiniteError
 from angle_rl.config import AgentConfig, Hyperparameters, Service, Training
 from angle_rl.engines import TorchEngine
 from angle_rl.feed import FunctionFeed
+from angle_rl.models import TwinQ
 from angle_rl.trainer import AgentTrainer
 from angle_rl.types import RandomKey, RLState
 
@@ -173,6 +176,71 @@ def test_an_update_holds_the_states_own_parts(kind):
     update.set_entropy_coefficient(given)
     assert state.entropy_coefficient is given
     assert update.entropy_coefficient() is given
+
+
+# A random subset of the target critics ----------------------------------------------------------------------
+
+
+def test_a_subset_is_the_start_of_a_shuffle():
+    for number in range(50):
+        key = RandomKey(number)
+        uniforms, numbers = key.uniform(5).tolist(), list(range(5))
+        drawn = []
+        for i in range(3):  # the same, by taking out instead of swapping
+            place = int(uniforms[i] * (5 - i))
+            drawn.append(numbers[i:][place])
+            numbers[i], numbers[i + place] = numbers[i + place], numbers[i]
+        assert random_subset(5, 3, key) == drawn
+        assert sorted(random_subset(5, 5, key)) == [0, 1, 2, 3, 4]
+
+
+def test_every_subset_is_equally_likely():
+    counts = Counter(frozenset(random_subset(5, 2, key)) for key in RandomKey(7).split(5000))
+    assert len(counts) == 10
+    chi_square = sum((count - 500) ** 2 / 500 for count in counts.values())
+    assert chi_square < 27.9  # 9 degrees of freedom, one in a thousand
+
+
+@pytest.mark.parametrize("kind", [SAC, TD3, DDPG])
+def test_the_target_takes_the_minimum_over_the_subset_drawn(kind):
+    """Against the same agent without: the rest of its target is drawn with the other half of the key."""
+    options = {"critics": 5, "target_noise": 0.3}
+    agent, state = made(kind, critic_subset=2, **options)
+    assert spec_of(agent, state).critic_subset == 2
+    whole, whole_state = made(kind, **options)
+    assert spec_of(whole, whole_state).critic_subset is None
+    batch, seen = state.replay.sample(32), set()
+    for number in range(20):
+        key = RandomKey(number)
+        subset_key, rest = key.split(2)
+        members = random_subset(5, 2, subset_key)
+        seen.add(frozenset(members))
+        with torch.no_grad():
+            values, everything = agent.next_values(state, batch, key), whole.next_values(whole_state, batch, rest)
+        assert torch.equal(values.q, everything.q[members])
+        assert (values.log_prob is None) == (kind is not SAC)
+        if values.log_prob is not None:
+            assert torch.equal(values.log_prob, everything.log_prob)
+    assert len(seen) > 5
+    assert state.engine.update(RandomKey(1), 1).finite
+
+
+def test_a_subset_that_there_is_not_is_refused():
+    for agent, critics, subset, says in [
+        ("sac", "auto", 3, r"critic_subset is 3; it must be at most critics \(2\)"),
+        ("ddpg", "auto", 2, r"critic_subset is 2; it must be at most critics \(1\)"),
+        ("td3", 4, 5, r"critic_subset is 5; it must be at most critics \(4\)"),
+        ("sac_discrete", 4, 2, "critic_subset is 2; agent 'sac_discrete' has no such ensemble"),
+        ("dqn", "auto", 1, "agent 'dqn' has no such ensemble"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            Hyperparameters(agent=agent, critics=critics, critic_subset=subset)
+    with pytest.raises(ValueError, match="critic_subset is 2 and q_future is given"):
+        made(q_future=lambda critics, o, a: critics(o, a), critic_subset=2)
+    agent, state = made(critics=4, critic_subset=3)
+    state.target_critics = TwinQ(3, 2, (16,), 2)
+    with pytest.raises(ValueError, match="critic_subset is 3; there are 2 critics"):
+        agent.next_values(state, state.replay.sample(32), RandomKey(0))
 
 
 # Several updates ----------------------------------------------------------------------------------------------

@@ -55,6 +55,8 @@ class Hyperparameters:
     layer_norm: bool = False  # a LayerNorm in front of each of these activations, in all default networks
     # critics in the ensemble, whose minimum the target takes; auto: 2, or 1 (DDPG)
     critics: Count | Literal["auto"] = "auto"
+    # SAC, TD3, DDPG: the target takes the minimum over so many of them, drawn anew for each update (REDQ); None: all
+    critic_subset: Count | None = None
     # Adam's step size: the critics', and the others' where they have none; Q-learning: share of the td error, at most 1
     learning_rate: Positive = 1e-3
     policy_learning_rate: Positive | None = None  # Adam's step size for the policy; None: learning_rate
@@ -115,6 +117,12 @@ class Hyperparameters:
             )
         if self.critics == 1 and self.agent != "ddpg":
             raise ValueError(f"critics is 1; it must lie in [2, inf) where agent is {self.agent!r}")
+        if self.critic_subset is not None:
+            critics = (1 if self.agent == "ddpg" else 2) if isinstance(self.critics, str) else self.critics
+            if self.agent not in ("sac", "td3", "ddpg"):
+                raise ValueError(f"critic_subset is {self.critic_subset}; agent {self.agent!r} has no such ensemble")
+            if self.critic_subset > critics:
+                raise ValueError(f"critic_subset is {self.critic_subset}; it must be at most critics ({critics})")
         if self.batch_size > self.replay_capacity:
             raise ValueError(
                 f"batch_size is {self.batch_size}; it must be at most replay_capacity ({self.replay_capacity})"

@@ -133,6 +133,9 @@ class UpdateSpec:
     # What bootstraps: "soft" (SAC), "smoothed" (TD3), "deterministic" (DDPG), "double" or "maximum" (DQN), "other"
     next_value: str = "other"
     policy_loss: str = "other"  # what the policy descends: "soft", "deterministic" (TD3, DDPG), "none" (DQN), "other"
+    # The bootstrap value is the minimum over this many target critics, agents.noise.random_subset of the first of
+    # target_key.split(2), while the second draws whatever else the target needs; None: over all, and no key is split
+    critic_subset: int | None = None
     target_noise: float = 0.0  # "smoothed", deviation of the noise on the target policy's actions, in half ranges, >= 0
     target_noise_clip: float = 0.0  # "smoothed", that noise is clipped to this either way, in half ranges, >= 0
     target_entropy: float | None = None  # what a learned entropy coefficient aims at, nats; None: it is not learned

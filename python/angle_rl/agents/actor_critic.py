@@ -19,6 +19,7 @@ from angle_rl.agents.noise import (
     noisy_actions,
     ornstein_uhlenbeck,
     policy_actions,
+    random_subset,
     seeded_torch,
     uniform_actions,
     within_bounds,
@@ -66,6 +67,11 @@ class ActorCritic:
             "layer_norm": hyperparameters.layer_norm,
         }
         self._q_future: QFuture = minimum_over_target_critics if q_future is None else q_future
+        if q_future is not None and hyperparameters.critic_subset is not None:
+            raise ValueError(
+                f"critic_subset is {hyperparameters.critic_subset} and q_future is given, which takes the place of the "
+                "minimum over such a subset; give one of them"
+            )
         self._updates_per_step = Fraction(hyperparameters.updates_per_step).limit_denominator(1_000_000)
         interval = hyperparameters.policy_update_interval
         self._copy_every = in_updates(hyperparameters.target_update_interval, self._updates_per_step)
@@ -266,6 +272,24 @@ class ActorCritic:
             raise ValueError(f"q_future gave shape {list(q.shape)}; it must be [{size}] or [critics, {size}]")
         return q.unsqueeze(0) if q.dim() == 1 else q
 
+    def subset_key(self, key: RandomKey) -> tuple[RandomKey | None, RandomKey]:
+        """What an update's subset of target critics is drawn with, and what the rest of its target is."""
+        if self._hyperparameters.critic_subset is None:
+            return None, key
+        subset_key, rest = key.split(2)
+        return subset_key, rest
+
+    def of_subset(self, q: torch.Tensor, subset_key: RandomKey | None) -> torch.Tensor:
+        """``[critics, batch]``: the `critic_subset` critics drawn with the key (Chen et al. 2021, arXiv:2101.05982,
+        algorithm 1), or all. ValueError where there are fewer.
+        """
+        size = self._hyperparameters.critic_subset
+        if subset_key is None or size is None:
+            return q
+        if size > len(q):
+            raise ValueError(f"critic_subset is {size}; there are {len(q)} critics")
+        return q[random_subset(len(q), size, subset_key)]
+
     def _plan(self, index: int, updates: int) -> tuple[int, bool]:
         copies = crossings(self._copy_every, updates, updates + 1) > 0
         return crossings(self._policy_every, index, index + 1), copies
@@ -291,6 +315,7 @@ class ActorCritic:
             targets_follow=follow,
             next_value=next_value,
             policy_loss=policy_loss,
+            critic_subset=hyperparameters.critic_subset,
             target_noise=hyperparameters.target_noise if smoothed else 0.0,
             target_noise_clip=hyperparameters.target_noise_clip if smoothed else 0.0,
             target_entropy=self.target_entropy(state.bounds),

@@ -37,10 +37,11 @@ class DDPG(ActorCritic):
     @known_as("deterministic")
     def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
         """The target critic at the target policy's actions: Q'(s', mu'(s'))."""
+        subset_key, key = self.subset_key(key)
         policy = state.policy if state.target_policy is None else state.target_policy
         shape = (len(batch.rewards), *state.bounds.shape)
         actions, _ = policy_actions(policy, batch.next_observations, shape, key, deterministic=True)
-        return NextValues(self.future_q(state, batch, actions), None, 0.0)
+        return NextValues(self.of_subset(self.future_q(state, batch, actions), subset_key), None, 0.0)
 
     @known_as("deterministic")
     def policy_loss(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> PolicyLoss:

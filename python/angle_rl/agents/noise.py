@@ -79,6 +79,19 @@ def ornstein_uhlenbeck(
     return noise + theta * (mu - noise) + sigma * key.normal(*noise.shape)
 
 
+def random_subset(n: int, size: int, key: RandomKey) -> list[int]:
+    """``size`` of the numbers below ``n``, any as likely as any other, in the order drawn.
+
+    The first steps of a shuffle (Durstenfeld 1964, doi:10.1145/364520.364540): with ``u = key.uniform(n)`` step i, from
+    0 on, swaps the places i and ``i + floor(u[i] * (n - i))`` of 0, 1, ... n - 1, and the first places are taken.
+    """
+    numbers = list(range(n))
+    for i, u in enumerate(key.uniform(n).tolist()[:size]):
+        other = i + int(u * (n - i))
+        numbers[i], numbers[other] = numbers[other], numbers[i]
+    return numbers[:size]
+
+
 def policy_actions(
     policy: Any,
     observations: Any,

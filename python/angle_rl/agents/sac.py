@@ -37,11 +37,12 @@ class SAC(ActorCritic):
     @known_as("soft")
     def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
         """The soft value of the next observations, equation 3: min Q(s', a') - alpha log pi(a'|s')."""
+        subset_key, key = self.subset_key(key)
         next_actions, log_prob = policy_actions(
             state.policy, batch.next_observations, (len(batch.rewards), *state.bounds.shape), key
         )
         return NextValues(
-            self.future_q(state, batch, next_actions),
+            self.of_subset(self.future_q(state, batch, next_actions), subset_key),
             _required(log_prob),
             _required(state.entropy_coefficient),
         )

@@ -33,6 +33,7 @@ class TD3(ActorCritic):
     @known_as("smoothed")
     def next_values(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> NextValues:
         """The target critics at the target policy's actions with clipped noise, algorithm 1."""
+        subset_key, key = self.subset_key(key)
         policy_key, noise_key = key.split(2)
         policy = state.policy if state.target_policy is None else state.target_policy
         shape = (len(batch.rewards), *state.bounds.shape)
@@ -44,7 +45,7 @@ class TD3(ActorCritic):
             scale=self._hyperparameters.target_noise,
             clip=self._hyperparameters.target_noise_clip,
         )
-        return NextValues(self.future_q(state, batch, actions), None, 0.0)
+        return NextValues(self.of_subset(self.future_q(state, batch, actions), subset_key), None, 0.0)
 
     @known_as("deterministic")
     def policy_loss(self, state: ActorCriticState, batch: Batch, key: RandomKey) -> PolicyLoss:
