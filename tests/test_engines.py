@@ -1,70 +1,20 @@
-"""What agents hand to engines, and how many updates an engine is asked for at a time."""
+"""What agents hand to engines: plain data, their own parts, optimisers."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
+from engine_parts import NAMES, assert_same, made, spec_of, tensors_of
 
 from angle_rl.agents import DDPG, DQN, SAC, TD3, DiscreteSAC
 from angle_rl.agents.noise import random_subset
-from angle_rl.agents.state import LATER_COUNTERS, LossNotFiniteError
-from angle_rl.config import AgentConfig, Hyperparameters, Service, Training
-from angle_rl.engines import TorchEngine
-from angle_rl.feed import FunctionFeed
+from angle_rl.config import Hyperparameters
 from angle_rl.models import TwinQ
-from angle_rl.trainer import AgentTrainer
-from angle_rl.types import RandomKey, RLState
-
-OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
-ACTIONS = spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 10.0], np.float32))
-NAMES = {SAC: "sac", DiscreteSAC: "sac_discrete", TD3: "td3", DDPG: "ddpg", DQN: "dqn"}
-
-
-def made(kind=SAC, *, q_future=None, rows=200, **hyperparameters):
-    """An agent, its first state with random transitions in the replay, and what its engine was made of."""
-    base = next(base for base in kind.__mro__ if base in NAMES)
-    config = AgentConfig(
-        hyperparameters=Hyperparameters(
-            **{"agent": NAMES[base], "hidden_sizes": (16,), "batch_size": 32, "replay_capacity": 1000} | hyperparameters
-        )
-    )
-    discrete = base in (DQN, DiscreteSAC)
-    action_space = spaces.Discrete(4, start=-1) if discrete else ACTIONS
-    agent = kind(config) if q_future is None else kind(config, q_future)
-    state, _ = agent.init(RandomKey(1), observation_space=OBSERVATIONS, action_space=action_space)
-    generator = np.random.default_rng(0)
-    if rows > 0:
-        state.replay.insert(
-            generator.normal(size=(rows, 3)).astype(np.float32),
-            generator.integers(-1, 3, rows)
-            if discrete
-            else generator.uniform(ACTIONS.low, ACTIONS.high, (rows, 2)).astype(np.float32),
-            generator.normal(size=rows).astype(np.float32),
-            generator.normal(size=(rows, 3)).astype(np.float32),
-            generator.random(rows) < 0.2,
-        )
-    return agent, state
-
-
-def spec_of(agent, state):
-    return agent._spec() if isinstance(agent, DQN) else agent._spec(state)
-
-
-def tensors_of(agent, state):
-    return {name: tensor.clone() for name, tensor in agent.export_state(state)[0].items()}
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-
+from angle_rl.types import RandomKey
 
 # Plain data ---------------------------------------------------------------------------------------------------
 
@@ -243,298 +193,56 @@ def test_a_subset_that_there_is_not_is_refused():
         agent.next_values(state, state.replay.sample(32), RandomKey(0))
 
 
-# Several updates ----------------------------------------------------------------------------------------------
+# Optimisers -----------------------------------------------------------------------------------------------------
 
 
-def test_many_updates_are_one_after_the_other():
-    agent, one = made(TD3)
-    _, many = made(TD3)
-    calls = [(RandomKey(number), number % 2, False) for number in range(5)]
-    expected = [one.engine.update(*call) for call in calls]
-    for count, result in enumerate(many.engine.update_many(calls)):
-        assert torch.equal(result.critic_loss, expected[count].critic_loss)
-        assert torch.equal(result.batch.handles, expected[count].batch.handles)
-    assert count == 4
-    assert_same(tensors_of(agent, one), tensors_of(agent, many))
+@pytest.mark.parametrize("kind", [SAC, TD3, DDPG, DQN])
+def test_the_networks_optimizers_are_the_configs_and_the_entropy_coefficients_stays_adam(kind):
+    for options, expected in [
+        ({}, (torch.optim.Adam, 0.0)),
+        ({"weight_decay": 0.1}, (torch.optim.Adam, 0.1)),
+        ({"optimizer": "adamw", "weight_decay": 0.01}, (torch.optim.AdamW, 0.01)),
+        ({"optimizer": "adamw"}, (torch.optim.AdamW, 0.0)),
+    ]:
+        _, state = made(kind, rows=0, **options)
+        for name, optimizer in state.optimizers.items():
+            (group,) = optimizer.param_groups
+            found = type(optimizer), group["weight_decay"]
+            assert found == ((torch.optim.Adam, 0.0) if name == "entropy_coefficient" else expected)
+            assert group["fused"]
 
 
-class Spoiled(DDPG):
-    """DDPG whose target is NaN in the updates given."""
-
-    def __init__(self, config, bad=()):
-        super().__init__(config)
-        self.bad, self.asked = bad, 0
-
-    def next_values(self, state, batch, key):
-        values = super().next_values(state, batch, key)
-        self.asked += 1
-        return values._replace(q=values.q * float("nan")) if self.asked in self.bad else values
-
-
-def test_many_updates_end_after_one_that_is_not_finite():
-    agent, state = made(Spoiled)
-    agent.bad = {2}
-    results = list(state.engine.update_many([(RandomKey(number), 1, False) for number in range(4)]))
-    assert [result.finite for result in results] == [True, False]
-    assert agent.asked == 2
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_weight_decay_follows_its_equation(optimizer):
+    """The first step, worked out: both moments are the gradient's own, so it is lr * sign(gradient)."""
+    rate, decay = 0.01, 0.5
+    _, state = made(DDPG, optimizer=optimizer, weight_decay=decay, learning_rate=rate, replay="uniform")
+    before = [parameter.detach().clone().double() for parameter in state.critics.parameters()]
+    assert state.engine.update(RandomKey(0), 0).finite
+    for old, parameter in zip(before, state.critics.parameters(), strict=True):
+        gradient = parameter.grad.double()
+        if optimizer == "adamw":
+            old = old * (1 - rate * decay)
+        else:
+            gradient = gradient + decay * old
+        expected = old - rate * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=0, atol=1e-6)
 
 
-def walk(observation, action):
-    return np.float32(0.9) * observation + np.float32(0.1) * action[:1], float(-(observation[0] ** 2))
-
-
-def walk_feed():
-    return FunctionFeed(
-        walk,
-        initial_observation=np.array([0.5], np.float32),
-        action_space=spaces.Box(-1, 1, (1,), np.float32),
-        step_limit=10,
-    )
-
-
-def small(folder, steps, **hyperparameters):
-    return AgentConfig(
-        hyperparameters=Hyperparameters(
-            **{"agent": "ddpg", "hidden_sizes": (16,), "batch_size": 8, "learning_starts": 20, "replay_capacity": 1000}
-            | hyperparameters
-        ),
-        training=Training(steps=steps, evaluation_interval=None, evaluation_episodes=1),
-        service=Service(run_folder=str(folder), tensorboard=False, checkpoint_interval=None),
-    )
-
-
-def watched(trainer):
-    """How many updates each call of the trainer's engine was asked for, and the arguments of all of them."""
-    engine = trainer.rl_state.agent_state.engine
-    update_many, sizes, calls = engine.update_many, [], []
-
-    def watch(given):
-        sizes.append(len(given))
-        calls.extend(given)
-        return update_many(given)
-
-    engine.update_many = watch
-    return sizes, calls
-
-
-@pytest.mark.parametrize(
-    ("at_a_time", "updates_per_step", "sizes"),
-    [
-        (1, 1.0, [1] * 23),
-        (5, 1.0, [5] * 4 + [3]),
-        (23, 1.0, [23]),
-        (100, 1.0, [23]),
-        (3, 0.5, [3] * 3 + [2]),  # 11 of them: the 21st step has made half an update due
-        (4, 2.5, [4] * 14 + [1]),  # 57: what one step leaves over joins the next one's
-    ],
-)
-def test_updates_wait_until_enough_are_due_and_the_rest_comes_last(tmp_path, at_a_time, updates_per_step, sizes):
-    config = small(tmp_path, 43, updates_per_call=at_a_time, updates_per_step=updates_per_step)
-    trainer = AgentTrainer(config, walk_feed())
-    asked, _ = watched(trainer)
-    trainer.train()
-    assert asked == sizes
-    assert trainer.updates == sum(sizes)
-    assert trainer.rl_state.agent_state.held_back == 0
-
-
-def test_a_call_comes_no_earlier_than_its_last_update_is_due(tmp_path):
-    config = small(tmp_path, 43, updates_per_call=5)
-    agent = DDPG(config)
-    state, _ = agent.init(
-        RandomKey(0), observation_space=walk_feed().observation_space, action_space=walk_feed().action_space
-    )
-    state.replay.insert(*(np.zeros(shape, np.float32) for shape in [(43, 1), (43, 1), 43, (43, 1)]), np.zeros(43, bool))
-    rl_state = RLState(state, None, RandomKey(1), 0, 0, None)
-    taken = []
-    for step in range(1, 36):
-        state.steps = step
-        rl_state = agent.optimize_model(rl_state)
-        taken.append(state.updates)
-    assert taken == [max(0, step - 20) // 5 * 5 for step in range(1, 36)]
-    state.steps = 38
-    assert agent.optimize_model(rl_state) == rl_state
-    assert (state.updates, state.held_back) == (15, 3)
-    agent.finish_updates(rl_state)
-    assert (state.updates, state.held_back) == (18, 0)
-    agent.finish_updates(rl_state)
-    assert state.updates == 18
-
-
-@pytest.mark.parametrize("updates_per_step", [1.0, 0.4, 1.5])
-def test_the_count_is_exact_through_a_resume_and_policy_steps_keep_their_turn(tmp_path, updates_per_step):
-    options = {"agent": "td3", "updates_per_call": 4, "updates_per_step": updates_per_step}
-    exact = int(61 * Fraction(updates_per_step).limit_denominator(100)) - int(20 * Fraction(updates_per_step))
-    first = AgentTrainer(small(tmp_path, 61, **options), walk_feed())
-    _, whole = watched(first)
-    first.train()
-    # Interrupted in the middle of a call's worth: saved with what waits.
-    part = AgentTrainer(small(tmp_path / "part", 61, **options), walk_feed())
-    _, calls = watched(part)
-    step, count = part.feed.step, []
-
-    def cut(*arguments):
-        count.append(None)
-        if len(count) > 34:
-            raise KeyError("cut here")
-        return step(*arguments)
-
-    part.feed.step = cut
-    with pytest.raises(KeyError):
-        part.train()
-    held = part.rl_state.agent_state.held_back
-    assert part.updates + held == int(34 * updates_per_step) - int(20 * updates_per_step)
-    rest = AgentTrainer.resume(part.run_folder, feed=walk_feed())
-    assert rest.rl_state.agent_state.held_back == held
-    _, more = watched(rest)
-    rest.train()
-    assert rest.updates == first.updates == exact
-    assert [steps for _, steps, _ in [*calls, *more]] == [steps for _, steps, _ in whole]
-    assert rest.rl_state.agent_state.policy_updates == first.rl_state.agent_state.policy_updates
-
-
-def test_an_older_checkpoint_has_none_that_wait():
-    agent, state = made()
+def test_a_checkpoint_carries_adamw_on_bit_for_bit(tmp_path):
+    options = {"optimizer": "adamw", "weight_decay": 0.1}
+    agent, state = made(**options)
+    for number in range(3):
+        state.engine.update(RandomKey(number), 1)
     tensors, values = agent.export_state(state)
-    for name in LATER_COUNTERS:
-        del values["counters"][name]
-    state.held_back = 3
-    agent.import_state(state, tensors, copy.deepcopy(values))
-    assert state.held_back == 0
-
-
-def test_after_a_skipped_update_the_rest_of_a_call_is_planned_anew(tmp_path):
-    config = small(tmp_path, 44, updates_per_call=6, target_update_interval=2)
-    agent = Spoiled(config, bad={2, 3, 9, 12})
-    trainer = AgentTrainer(config, walk_feed(), agent=agent)
-    engine, seen = trainer.rl_state.agent_state.engine, []
-    update = engine.update
-
-    def watch(key, policy_steps, copies):
-        result = update(key, policy_steps, copies)
-        seen.append((key, copies, result.finite))
-        return result
-
-    engine.update = watch
-    trainer.train()
-    assert len(seen) == len({key for key, _, _ in seen}) == 24
-    assert (trainer.updates, trainer.skipped_updates) == (20, 4)
-    taken = 0
-    for _, copies, finite in seen:  # the second, fourth ... that is taken copies the targets
-        assert copies == (taken % 2 == 1)
-        taken += finite
-
-
-def test_the_third_in_a_row_stops_in_the_middle_of_a_call(tmp_path):
-    config = small(tmp_path, 60, updates_per_call=8)
-    agent = Spoiled(config, bad={2, 3, 4})
-    trainer = AgentTrainer(config, walk_feed(), agent=agent)
-    with pytest.raises(LossNotFiniteError, match="critic loss is nan in 3 updates in a row"):
-        trainer.train()
-    assert agent.asked == 4
-    assert (trainer.updates, trainer.skipped_updates) == (1, 3)
-
-
-def test_the_engine_of_an_agent_is_torch_by_default():
-    assert isinstance(made(rows=0)[1].engine, TorchEngine)
-
-
-# Gradients that are not finite --------------------------------------------------------------------------------
-
-
-class BadGradient(torch.autograd.Function):
-    """The identity, whose gradient has one entry that is not finite."""
-
-    @staticmethod
-    def forward(ctx, values, entry):
-        ctx.entry = entry
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone()
-        gradient.view(-1)[0] = ctx.entry
-        return gradient, None
-
-
-class SpoiledGradient(SAC):
-    """SAC whose policy's loss is finite, and its gradient is not, in the policy steps given."""
-
-    bad: tuple[int, ...] = ()
-    asked = 0
-
-    def policy_loss(self, state, batch, key):
-        learned = super().policy_loss(state, batch, key)
-        self.asked += 1
-        return (
-            learned._replace(loss=BadGradient.apply(learned.loss, float("inf"))) if self.asked in self.bad else learned
-        )
-
-
-def spoil_critics(state, entry):
-    """Critics whose q values are as they were, and whose gradients have one entry that is not finite."""
-    forward = state.critics.forward
-    state.critics.forward = lambda *given: BadGradient.apply(forward(*given), entry)
-
-
-@pytest.mark.parametrize("entry", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("max_gradient_norm", [None, 1.0])
-def test_a_critic_gradient_that_is_not_finite_stops_the_update_before_its_step(entry, max_gradient_norm):
-    agent, state = made(max_gradient_norm=max_gradient_norm)
-    assert state.engine.update(RandomKey(0), 1).finite
-    spoil_critics(state, entry)
-    before, priorities = tensors_of(agent, state), []
-    state.replay.update_priorities = lambda *given: priorities.append(given)
-    result = state.engine.update(RandomKey(1), 1)
-    assert not result.finite
-    assert torch.isfinite(result.critic_loss)
-    assert result.policy_loss is None
-    assert priorities == []
-    after = tensors_of(agent, state)
-    for name, tensor in before.items():  # the replay has counted a draw
-        assert torch.equal(tensor, after[name]) or name.startswith("replay."), name
-    assert all(parameter.grad is None for parameter in state.critics.parameters())
-
-
-def test_a_policy_gradient_that_is_not_finite_leaves_the_critics_step_and_nothing_behind():
-    agent, state = made(SpoiledGradient)
-    agent.bad = (2,)
-    assert state.engine.update(RandomKey(0), 1).finite
-    before, priorities = tensors_of(agent, state), []
-    state.replay.update_priorities = lambda *given: priorities.append(given)
-    result = state.engine.update(RandomKey(1), 1)
-    assert not result.finite
-    assert torch.isfinite(result.policy_loss)
-    assert priorities == []
-    after = tensors_of(agent, state)
-    for name, tensor in before.items():
-        if name.startswith(("policy.", "target_critics.", "optimizers.policy.", "log_entropy", "optimizers.entropy")):
-            assert torch.equal(tensor, after[name]), name
-        if name.startswith(("critics.", "optimizers.critics.")):
-            assert not torch.equal(tensor, after[name]), name
-    assert all(parameter.requires_grad for parameter in state.critics.parameters())
-
-
-def test_gradients_whose_squares_overflow_are_finite():
-    _, state = made(DDPG, replay="uniform")
-    before = [parameter.clone() for parameter in state.critics.parameters()]
-    hook = state.critics.weights[-1].register_hook(lambda gradient: torch.full_like(gradient, 1e19))
-    assert state.engine.update(RandomKey(0), 1).finite
-    hook.remove()
-    assert not any(torch.equal(old, new) for old, new in zip(before, state.critics.parameters(), strict=True))
-
-
-def test_the_third_gradient_in_a_row_that_is_not_finite_stops_the_run_and_is_named(tmp_path):
-    config = small(tmp_path, 60)
-    trainer = AgentTrainer(config, walk_feed())
-    spoil_critics(trainer.rl_state.agent_state, float("nan"))
-    with pytest.raises(LossNotFiniteError, match="the critic gradient is not finite in 3 updates in a row"):
-        trainer.train()
-    assert (trainer.updates, trainer.skipped_updates) == (0, 3)
-    config = small(tmp_path, 60, agent="sac")
-    agent = SpoiledGradient(config)
-    agent.bad = (3, 5, 6, 7)
-    trainer = AgentTrainer(config, walk_feed(), agent=agent)
-    with pytest.raises(LossNotFiniteError, match="the policy gradient is not finite in 3 updates in a row"):
-        trainer.train()
-    assert (trainer.updates, trainer.skipped_updates) == (3, 4)
+    other, restored = made(rows=0, **options)
+    other.import_state(restored, {name: tensor.clone() for name, tensor in tensors.items()}, copy.deepcopy(values))
+    for each in (state, restored):
+        each.engine.update(RandomKey(9), 1)
+    after, expected = tensors_of(other, restored), tensors_of(agent, state)
+    assert_same(
+        {name: tensor for name, tensor in after.items() if not name.startswith("replay.")},
+        {name: tensor for name, tensor in expected.items() if not name.startswith("replay.")},
+    )
+    assert type(restored.optimizers["policy"]) is torch.optim.AdamW
+    assert restored.optimizers["policy"].param_groups[0]["weight_decay"] == 0.1

@@ -61,6 +61,9 @@ class Hyperparameters:
     learning_rate: Positive = 1e-3
     policy_learning_rate: Positive | None = None  # Adam's step size for the policy; None: learning_rate
     entropy_learning_rate: Positive | None = None  # SAC, for the entropy coefficient; None: learning_rate
+    optimizer: Literal["adam", "adamw"] = "adam"  # of the networks; they differ in how weight_decay enters
+    # adam: this times the parameter is added to its gradient; adamw: a step takes this times its size off the parameter
+    weight_decay: NotNegative = 0.0
     batch_size: Count = 256  # transitions per update
     discount: Share = 0.99  # factor per environment step on what comes later
     n_step: Count = 1  # rewards summed before the bootstrap value

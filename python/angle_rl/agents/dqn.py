@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from angle_rl.agents.actor_critic import adam, as_tensors, check_replay, configured_engine, frozen_copy, make_replay
+from angle_rl.agents.actor_critic import (
+    as_tensors,
+    check_replay,
+    configured_engine,
+    frozen_copy,
+    make_replay,
+    network_optimizer,
+)
 from angle_rl.agents.base import crossings, in_updates, known_as, name_of
 from angle_rl.agents.discrete import discrete_actions, epsilon_greedy, first_exploration, random_share, refuse_options
 from angle_rl.agents.noise import seeded_torch
@@ -129,7 +136,7 @@ class DQN:
             critics=critics,
             target_critics=frozen_copy(critics),
             policy=GreedyPolicy(critics, first_action),
-            optimizers={"critics": adam(critics.parameters(), hyperparameters.learning_rate)},
+            optimizers={"critics": network_optimizer(critics, hyperparameters.learning_rate, hyperparameters)},
             replay=replay,
             meta=options.get("meta"),
             device=device,
