@@ -55,8 +55,11 @@ struct AdamStep {
   size_t n;
   double gradient_scale;  // gradients are taken times this
   double learning_rate, beta1, beta2, epsilon, weight_decay;
-  bool decoupled;  // AdamW's decay
-  double step;     // this step's number, from 1
+  bool decoupled;            // AdamW's decay
+  double step;               // this step's number, from 1
+  // Optional: [n], moved towards the new parameters in the same pass: target = tau * parameter + (1 - tau) * target.
+  T* targets = nullptr;
+  double tau = 0.0;
 };
 
 template <typename T>
