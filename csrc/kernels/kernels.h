@@ -1,8 +1,7 @@
 // The vector kernels and how one set of them is chosen at run time.
 //
-// Every ISA compiles the same sources (ops.inl, random.inl, replay.inl, vector.inl, products.inl, learner.inl) into one
-// table of functions. Numbers are equal to the last bit on every ISA where a kernel says so. No kernel allocates, throws
-// or takes a lock.
+// Every ISA compiles the same sources (the .inl files, in kernels.inl's order) into one table of functions. Numbers are
+// equal to the last bit on every ISA where a kernel says so. No kernel allocates, throws or takes a lock.
 #pragma once
 #include <cstddef>
 #include <cstdint>

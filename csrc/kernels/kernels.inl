@@ -20,6 +20,7 @@ namespace {
 #include "kernels/replay.inl"
 #include "kernels/vector.inl"
 #include "kernels/products.inl"
+#include "kernels/activations.inl"
 #include "kernels/learner.inl"
 }  // namespace
 

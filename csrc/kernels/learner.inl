@@ -1,32 +1,4 @@
-// What a learner's update does besides products.
-
-// Says of the next loop that no pass reads what another wrote: its pointers are far apart or equal.
-#if defined(__clang__)
-#define ANGLE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define ANGLE_INDEPENDENT _Pragma("GCC ivdep")
-#endif
-
-// a * b + c, rounded once where the ISA can.
-inline float fused(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-inline double fused(double a, double b, double c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return __builtin_fma(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-inline float square_root(float x) { return __builtin_sqrtf(x); }
-inline double square_root(double x) { return __builtin_sqrt(x); }
-
-inline size_t at_most(size_t n, size_t limit) { return n < limit ? n : limit; }
+// What a learner's update does besides products and activations.
 
 template <typename T>
 void row_sums(const T* in, size_t in_row, T* out, size_t rows, size_t columns) {
@@ -149,113 +121,6 @@ void take_columns(const T* in, size_t in_row, T* out, size_t out_row, size_t row
 }
 
 #endif
-
-// --- Activations. ---------------------------------------------------------------------------------------------------
-
-template <typename T>
-inline T sigmoid(T x) {
-  return T(1) / (T(1) + exponential(-x));
-}
-
-template <typename T>
-inline T hyperbolic_tangent(T x) {
-  T power;
-  const T fall = decay(T(-2) * magnitude(x), &power);
-  return sign_of(-fall / (T(2) + fall), x);
-}
-
-// How much of a standard normal lies below x, and e^(-x^2 / 2). The tail beyond |x| is that power times a polynomial in
-// t = 1 / (1 + 0.35 |x|), fitted to 3e-8 of itself.
-inline float normal_share(float x, float* power) {
-  const float size = magnitude(x);
-  *power = exponential(-0.5f * x * x);
-  const float t = 1.0f / fused(0.35f, size, 1.0f);
-  float p = -0.02915805688f;
-  p = fused(p, t, 0.1440316977f);
-  p = fused(p, t, -0.2558404861f);
-  p = fused(p, t, 0.1593212327f);
-  p = fused(p, t, -0.02321329887f);
-  p = fused(p, t, 0.1055528537f);
-  p = fused(p, t, 0.1198212108f);
-  p = fused(p, t, 0.1398635245f);
-  p = fused(p, t, 0.1396213064f);
-  const float tail = *power * (t * p);
-  return x < 0.0f ? tail : 1.0f - tail;
-}
-inline double normal_share(double x, double* power) {
-  *power = exponential(-0.5 * x * x);
-  return 0.5 * erfc(x * -0.70710678118654752440);
-}
-
-template <typename T, typename Function>
-inline void each(const T* x, T* out, size_t n, const Function& f) {
-  ANGLE_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) out[i] = f(x[i]);
-}
-
-template <typename T>
-void activate(Activation kind, const T* x, T* out, size_t n) {
-  switch (kind) {
-    case Activation::kNone:
-      if (out != x) memcpy(out, x, n * sizeof(T));
-      break;
-    case Activation::kRelu:
-      each(x, out, n, [](T v) { return v < T(0) ? T(0) : v; });
-      break;
-    case Activation::kTanh:
-      each(x, out, n, [](T v) { return hyperbolic_tangent(v); });
-      break;
-    case Activation::kSilu:
-      each(x, out, n, [](T v) { return v * sigmoid(v); });
-      break;
-    case Activation::kGelu:
-      each(x, out, n, [](T v) {
-        T power;
-        return v * normal_share(v, &power);
-      });
-      break;
-  }
-}
-
-// gradient[i] *= f(x[i]).
-template <typename T, typename Function>
-inline void scale_each(const T* __restrict x, T* __restrict gradient, size_t n, const Function& f) {
-  for (size_t i = 0; i < n; ++i) gradient[i] *= f(x[i]);
-}
-
-template <typename T>
-void activate_gradient(Activation kind, const T* x, T* gradient, size_t n) {
-  switch (kind) {
-    case Activation::kNone:
-      break;
-    case Activation::kRelu: {
-      const T* const __restrict given = x;
-      T* const __restrict changed = gradient;
-      for (size_t i = 0; i < n; ++i) changed[i] = given[i] > T(0) ? changed[i] : T(0);
-      break;
-    }
-    case Activation::kTanh:
-      scale_each(x, gradient, n, [](T v) {
-        const T y = hyperbolic_tangent(v);
-        return T(1) - y * y;
-      });
-      break;
-    case Activation::kSilu:
-      scale_each(x, gradient, n, [](T v) {
-        const T power = exponential(-magnitude(v)), share = T(1) / (T(1) + power), rest = power * share;
-        const bool negative = v < T(0);  // the sigmoid and 1 - sigmoid, both to their last places
-        return (negative ? rest : share) * (T(1) + v * (negative ? share : rest));
-      });
-      break;
-    case Activation::kGelu:
-      scale_each(x, gradient, n, [](T v) {
-        T power;
-        const T share = normal_share(v, &power);
-        return share + v * (T(0.39894228040143267794) * power);
-      });
-      break;
-  }
-}
 
 // --- Layer norm. ----------------------------------------------------------------------------------------------------
 
@@ -382,22 +247,27 @@ inline T clamped(T x, T low, T high) {
   return x > high ? high : x;
 }
 
-// One action of n rows; its part of the log-density is added.
+// One action of n rows; its part of the log-density is added. In steps, each a chain of operations short enough that
+// several vectors are under way at once.
 template <typename T>
 inline void gaussian_column(size_t n, T low, T high, const T* __restrict mean, const T* __restrict log_std,
                             const T* __restrict noise, T* __restrict actions, T* __restrict spread,
                             T* __restrict log_prob) {
   constexpr T kConstant = T(0.91893853320467274178 + 2 * 0.69314718055994530942);  // log(2 pi)/2 + 2 log 2
+  T powers_of_size[kBlock];
   for (size_t j = 0; j < n; ++j) {
     const T log_of_std = clamped(log_std[j], low, high);
-    const T s = exponential(log_of_std) * noise[j];
-    const T u = mean[j] + s;
-    const T size = magnitude(u);
-    T power;
-    const T fall = decay(T(-2) * size, &power);
-    spread[j] = s;
+    spread[j] = exponential<Fused>(log_of_std) * noise[j];
+    log_prob[j] -= fused(T(0.5) * noise[j], noise[j], log_of_std) + kConstant;
+  }
+  for (size_t j = 0; j < n; ++j) {
+    const T u = mean[j] + spread[j], size = magnitude(u);
+    const T fall = decay<Fused>(T(-2) * size, &powers_of_size[j]);
     actions[j] = sign_of(-fall / (T(2) + fall), u);
-    log_prob[j] += T(2) * (size + log_one_plus(power)) - (T(0.5) * noise[j] * noise[j] + log_of_std) - kConstant;
+    log_prob[j] = fused(T(2), size, log_prob[j]);
+  }
+  for (size_t j = 0; j < n; ++j) {
+    log_prob[j] = fused(T(2), log_one_plus<Fused>(powers_of_size[j]), log_prob[j]);
   }
 }
 
