@@ -46,6 +46,7 @@ __attribute__((noinline)) void tile(const Product<T>& p, const Piece& piece, siz
 #pragma GCC unroll 16
   for (size_t g = 0; g < kGroups; ++g) a[g] = p.a + (i + 3 * g) * a_row + piece.first * a_step;
   const T* b = p.b + piece.first * b_row + j;
+#pragma GCC unroll 2
   for (size_t step = piece.steps; step != 0; --step) {
     typename V::Type row[kVectors];
 #pragma GCC unroll 8
