@@ -21,87 +21,90 @@ struct Piece {
   bool last;
 };
 
-// c[i .. i + kRows, j .. j + kVectors vectors), of which only the last may reach beyond p.n.
+// Tiles one below the other, the first at c[i, j]; only the last vector may reach beyond p.n. The strips are looped
+// over in here, which saves short sums the calls.
 template <typename T, size_t kRows, size_t kVectors>
-__attribute__((noinline)) void tile(const Product<T>& p, const Piece& piece, size_t i, size_t j) {
+__attribute__((noinline)) void tiles(const Product<T>& p, const Piece& piece, size_t i, size_t j, size_t strips) {
   using V = Vector<T>;
   constexpr size_t kWidth = V::kWidth, kGroups = (kRows + 2) / 3;  // rows 0, 1, 2 of a group: scaled addresses
-  typename V::Type sums[kRows][kVectors];
-  if (p.bias != nullptr && piece.first == 0) {
+  for (; strips != 0; --strips, i += kRows) {
+    typename V::Type sums[kRows][kVectors];
+    if (p.bias != nullptr && piece.first == 0) {
 #pragma GCC unroll 16
-    for (size_t r = 0; r < kRows; ++r) {
+      for (size_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (size_t v = 0; v < kVectors; ++v) sums[r][v] = V::all(p.bias + i + r);
-    }
-  } else {
+        for (size_t v = 0; v < kVectors; ++v) sums[r][v] = V::all(p.bias + i + r);
+      }
+    } else {
 #pragma GCC unroll 16
-    for (size_t r = 0; r < kRows; ++r) {
+      for (size_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (size_t v = 0; v < kVectors; ++v) sums[r][v] = V::zero();
+        for (size_t v = 0; v < kVectors; ++v) sums[r][v] = V::zero();
+      }
     }
-  }
 
-  const size_t a_row = p.a_row, a_step = p.a_step, b_row = p.b_row;
-  const T* a[kGroups];
+    const size_t a_row = p.a_row, a_step = p.a_step, b_row = p.b_row;
+    const T* a[kGroups];
 #pragma GCC unroll 16
-  for (size_t g = 0; g < kGroups; ++g) a[g] = p.a + (i + 3 * g) * a_row + piece.first * a_step;
-  const T* b = p.b + piece.first * b_row + j;
+    for (size_t g = 0; g < kGroups; ++g) a[g] = p.a + (i + 3 * g) * a_row + piece.first * a_step;
+    const T* b = p.b + piece.first * b_row + j;
 #pragma GCC unroll 2
-  for (size_t step = piece.steps; step != 0; --step) {
-    typename V::Type row[kVectors];
+    for (size_t step = piece.steps; step != 0; --step) {
+      typename V::Type row[kVectors];
 #pragma GCC unroll 8
-    for (size_t v = 0; v < kVectors; ++v) row[v] = V::load(b + v * kWidth);
+      for (size_t v = 0; v < kVectors; ++v) row[v] = V::load(b + v * kWidth);
 #pragma GCC unroll 16
-    for (size_t r = 0; r < kRows; ++r) {
-      const typename V::Type factor = V::all(a[r / 3] + r % 3 * a_row);
+      for (size_t r = 0; r < kRows; ++r) {
+        const typename V::Type factor = V::all(a[r / 3] + r % 3 * a_row);
 #pragma GCC unroll 8
-      for (size_t v = 0; v < kVectors; ++v) sums[r][v] = V::multiply_add(factor, row[v], sums[r][v]);
+        for (size_t v = 0; v < kVectors; ++v) sums[r][v] = V::multiply_add(factor, row[v], sums[r][v]);
+      }
+#pragma GCC unroll 16
+      for (size_t g = 0; g < kGroups; ++g) a[g] += a_step;
+      b += b_row;
     }
-#pragma GCC unroll 16
-    for (size_t g = 0; g < kGroups; ++g) a[g] += a_step;
-    b += b_row;
-  }
 
-  T* const c = p.c + i * p.c_row + j;
-  const size_t c_row = p.c_row, rest = p.n - j - (kVectors - 1) * kWidth;  // columns of the last vector
-  const bool whole = rest >= kWidth;
-  if (piece.first != 0) {
+    T* const c = p.c + i * p.c_row + j;
+    const size_t c_row = p.c_row, rest = p.n - j - (kVectors - 1) * kWidth;  // columns of the last vector
+    const bool whole = rest >= kWidth;
+    if (piece.first != 0) {
+#pragma GCC unroll 16
+      for (size_t r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (size_t v = 0; v < kVectors; ++v) {
+          const T* const from = c + r * c_row + v * kWidth;
+          sums[r][v] = V::add(sums[r][v], whole || v + 1 < kVectors ? V::load(from) : V::load_some(from, rest));
+        }
+      }
+    }
+    if (piece.last && p.relu) {
+#pragma GCC unroll 16
+      for (size_t r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (size_t v = 0; v < kVectors; ++v) sums[r][v] = V::relu(sums[r][v]);
+      }
+    }
+    if (piece.last && p.gate != nullptr) {
+      const T* const gate = p.gate + i * p.gate_row + j;
+      const size_t gate_row = p.gate_row;
+#pragma GCC unroll 16
+      for (size_t r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (size_t v = 0; v < kVectors; ++v) {
+          sums[r][v] = V::gated(sums[r][v], V::load(gate + r * gate_row + v * kWidth));
+        }
+      }
+    }
 #pragma GCC unroll 16
     for (size_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
       for (size_t v = 0; v < kVectors; ++v) {
-        const T* const from = c + r * c_row + v * kWidth;
-        sums[r][v] = V::add(sums[r][v], whole || v + 1 < kVectors ? V::load(from) : V::load_some(from, rest));
-      }
-    }
-  }
-  if (piece.last && p.relu) {
-#pragma GCC unroll 16
-    for (size_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-      for (size_t v = 0; v < kVectors; ++v) sums[r][v] = V::relu(sums[r][v]);
-    }
-  }
-  if (piece.last && p.gate != nullptr) {
-    const T* const gate = p.gate + i * p.gate_row + j;
-    const size_t gate_row = p.gate_row;
-#pragma GCC unroll 16
-    for (size_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-      for (size_t v = 0; v < kVectors; ++v) {
-        sums[r][v] = V::gated(sums[r][v], V::load(gate + r * gate_row + v * kWidth));
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (size_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (size_t v = 0; v < kVectors; ++v) {
-      T* const to = c + r * c_row + v * kWidth;
-      if (whole || v + 1 < kVectors) {
-        V::store(to, sums[r][v]);
-      } else {
-        V::store_some(to, sums[r][v], rest);
+        T* const to = c + r * c_row + v * kWidth;
+        if (whole || v + 1 < kVectors) {
+          V::store(to, sums[r][v]);
+        } else {
+          V::store_some(to, sums[r][v], rest);
+        }
       }
     }
   }
@@ -109,33 +112,29 @@ __attribute__((noinline)) void tile(const Product<T>& p, const Piece& piece, siz
 
 // The same with a number of rows known at run time, at most kRows.
 template <typename T, size_t kRows, size_t kVectors>
-inline void tile_of(size_t rows, const Product<T>& p, const Piece& piece, size_t i, size_t j) {
+inline void tiles_of(size_t rows, const Product<T>& p, const Piece& piece, size_t i, size_t j, size_t strips) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      tile_of<T, kRows - 1, kVectors>(rows, p, piece, i, j);
+      tiles_of<T, kRows - 1, kVectors>(rows, p, piece, i, j, strips);
       return;
     }
   }
-  tile<T, kRows, kVectors>(p, piece, i, j);
+  tiles<T, kRows, kVectors>(p, piece, i, j, strips);
 }
 
 // Rows [begin, end) of c in strips of nearly equal height.
 template <typename T, size_t kRows, size_t kVectors>
 inline void panel(const Product<T>& p, const Piece& piece, size_t begin, size_t end, size_t j) {
   const size_t strips = (end - begin + kRows - 1) / kRows, height = (end - begin) / strips;
-  size_t higher = (end - begin) % strips;
-  for (size_t i = begin; i < end;) {
-    const size_t rows = height + (higher != 0);
-    higher -= higher != 0;
-    tile_of<T, kRows, kVectors>(rows, p, piece, i, j);
-    i += rows;
-  }
+  const size_t higher = (end - begin) % strips;
+  if (higher != 0) tiles_of<T, kRows, kVectors>(height + 1, p, piece, begin, j, higher);
+  tiles_of<T, kRows, kVectors>(height, p, piece, begin + higher * (height + 1), j, strips - higher);
 }
 
 // The rows over all columns: panels of kVectors vectors, then smaller ones.
 template <typename T, size_t kRows, size_t kVectors>
 inline void panels(const Product<T>& p, const Piece& piece, size_t begin, size_t end) {
-  constexpr size_t kWidth = Vector<T>::kWidth;
+  constexpr size_t kWidth = Vector<T>::kWidth, kLower = kRows < 3 ? kRows : kRows * 2 / 3;
   size_t j = 0, left = (p.n + kWidth - 1) / kWidth;  // vectors
   const auto go = [&](size_t vectors) {
     j += vectors * kWidth;
@@ -144,7 +143,7 @@ inline void panels(const Product<T>& p, const Piece& piece, size_t begin, size_t
   for (; left >= kVectors && left != 3; go(kVectors)) panel<T, kRows, kVectors>(p, piece, begin, end, j);
   for (; left >= 2 && left != 3; go(2)) panel<T, kRows, 2>(p, piece, begin, end, j);
   if (left == 3) {
-    panel < T, kRows<3 ? kRows : kRows * 2 / 3, 3>(p, piece, begin, end, j);
+    panel<T, kLower, 3>(p, piece, begin, end, j);
   } else if (left == 1) {
     panel<T, kRows, 1>(p, piece, begin, end, j);
   }
