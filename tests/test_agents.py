@@ -31,7 +31,8 @@ def made(agent=SAC, *, q_future=None, policy=None, critics=None, **hyperparamete
         hyperparameters=Hyperparameters(
             **{"hidden_sizes": (16,), "batch_size": 32, "replay_capacity": 1000, "agent": agent.__name__.lower()}
             | hyperparameters
-        )
+        ),
+        training=Training(engine="torch"),
     )
     agent = agent(config, q_future)
     state, _ = agent.init(

@@ -37,7 +37,7 @@ def last_line(text, episodes):
 def test_train_evaluate_resume_plot(capsys, here, agent):
     code, out, _ = angle(capsys, "train", "--agent", agent, "--steps", "120", "--seed", "3", *SMALL)
     assert code == 0
-    assert out.splitlines()[0].startswith("engine torch (auto: ")
+    assert out.splitlines()[0].startswith("engine native (auto: our own networks on a CPU; ")
     run = last_line(out, 2)
     assert run == f"runs/Pendulum-v1-{agent}-3"
     config = AgentConfig.from_json((here / run / "config.json").read_text())
@@ -115,7 +115,7 @@ def test_help_names_every_field(capsys):
 def test_info(capsys):
     code, out, _ = angle(capsys, "info")
     assert code == 0
-    for word in (angle_rl.__version__, "ISA", "threads", "CUDA", "engine torch"):
+    for word in (angle_rl.__version__, "ISA", "threads", "CUDA", "engine native"):
         assert word in out
 
 

@@ -25,7 +25,8 @@ def made(agent=DDPG, *, policy=None, critics=None, **hyperparameters):
         hyperparameters=Hyperparameters(
             **{"hidden_sizes": (16,), "batch_size": 32, "replay_capacity": 1000, "agent": agent.__name__.lower()}
             | hyperparameters
-        )
+        ),
+        training=Training(engine="torch"),
     )
     agent = agent(config)
     state, _ = agent.init(
@@ -203,7 +204,7 @@ def small(folder, steps=120, **hyperparameters):
             **{"agent": "ddpg", "hidden_sizes": (16,), "batch_size": 8, "learning_starts": 20, "replay_capacity": 1000}
             | hyperparameters
         ),
-        training=Training(steps=steps, evaluation_interval=None, evaluation_episodes=2),
+        training=Training(steps=steps, evaluation_interval=None, evaluation_episodes=2, engine="torch"),
         service=Service(run_folder=str(folder), tensorboard=False),
     )
 

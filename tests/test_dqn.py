@@ -26,7 +26,10 @@ def config(folder="runs", *, training=None, **hyperparameters):
             **{"agent": "dqn", "hidden_sizes": (16,), "batch_size": 32, "replay_capacity": 1000, "learning_starts": 0}
             | hyperparameters
         ),
-        training=Training(**{"steps": 2_000, "evaluation_interval": None, "evaluation_episodes": 1} | (training or {})),
+        training=Training(
+            **{"steps": 2_000, "evaluation_interval": None, "evaluation_episodes": 1, "engine": "torch"}
+            | (training or {})
+        ),
         service=Service(run_folder=str(folder), tensorboard=False, progress=False),
     )
 

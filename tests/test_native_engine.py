@@ -160,7 +160,8 @@ def test_each_update_equals_the_torch_engines(name, options, threads):
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_a_thousand_updates_each_equal(name):
-    reference, native = pair(name, hidden_sizes=(32, 32), batch_size=64)
+    # Slow policies: where tanh saturates, 1 - tanh^2 has few right digits in float32, whoever computes it.
+    reference, native = pair(name, hidden_sizes=(32, 32), batch_size=64, policy_learning_rate=1e-5)
     go_beside(reference, native, 1000, policy_every=2 if name == "td3" else 1)
 
 

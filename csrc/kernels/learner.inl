@@ -25,19 +25,19 @@ inline void take_one_by_one(const T* __restrict row, T* __restrict out, const ui
 
 // Up to a vector of columns, in any order, from within two vectors' width: one permutation takes them.
 template <typename Lane>
-struct Piece {
+struct ColumnPiece {
   alignas(64) Lane lanes[64 / sizeof(Lane)];
   uint32_t low, high;  // which elements of either vector are read
   uint32_t from, count;
   size_t to;
 };
 
-inline __m512 taken(const Piece<uint32_t>& p, const float* row) {
+inline __m512 taken(const ColumnPiece<uint32_t>& p, const float* row) {
   const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(p.low), row + p.from);
   const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(p.high), row + p.from + 16);
   return _mm512_permutex2var_ps(low, _mm512_load_si512(p.lanes), high);
 }
-inline __m512d taken(const Piece<uint64_t>& p, const double* row) {
+inline __m512d taken(const ColumnPiece<uint64_t>& p, const double* row) {
   const __m512d low = _mm512_maskz_loadu_pd(static_cast<__mmask8>(p.low), row + p.from);
   const __m512d high = _mm512_maskz_loadu_pd(static_cast<__mmask8>(p.high), row + p.from + 8);
   return _mm512_permutex2var_pd(low, _mm512_load_si512(p.lanes), high);
@@ -53,9 +53,9 @@ inline void store_first(double* out, __m512d value, size_t n) {
 
 // The longest piece that begins with columns[0].
 template <typename Lane>
-inline Piece<Lane> first_piece(const uint32_t* columns, size_t n) {
+inline ColumnPiece<Lane> first_piece(const uint32_t* columns, size_t n) {
   constexpr uint32_t kWidth = 64 / sizeof(Lane);
-  Piece<Lane> piece = {};
+  ColumnPiece<Lane> piece = {};
   uint32_t low = columns[0], high = columns[0];
   for (; piece.count < kWidth && piece.count < n; ++piece.count) {
     const uint32_t at = columns[piece.count], least = at < low ? at : low, most = at > high ? at : high;
@@ -80,7 +80,7 @@ inline void take_columns_by(const T* in, size_t in_row, T* out, size_t out_row, 
                             size_t n) {
   constexpr size_t kWidth = 64 / sizeof(T), kPieces = 64;
   for (size_t start = 0, end = 0; start < n; start = end) {
-    Piece<Lane> pieces[kPieces];
+    ColumnPiece<Lane> pieces[kPieces];
     size_t count = 0, whole = 0;
     for (; end < n && count < kPieces; ++count) {
       pieces[count] = first_piece<Lane>(columns + end, n - end);

@@ -17,8 +17,9 @@ enum class Activation : int { kNone, kRelu, kTanh, kSilu, kGelu };  // kGelu: th
 // there is finite and has no effect.
 constexpr size_t kColumnMultiple = 16;
 
-// The pitch for rows of n elements that are a product's b or gate: whole cache lines that hold the next kColumnMultiple,
-// an odd number of them, so that the rows of a panel spread over all sets of the L1 cache. Begin each matrix on a line.
+// The pitch for rows of n elements that are a product's b or gate: whole cache lines that hold the next
+// kColumnMultiple, an odd number of them, so that the rows of a panel spread over all sets of the L1 cache. Begin each
+// matrix on a line.
 template <typename T>
 constexpr size_t padded_pitch(size_t n) {
   constexpr size_t kPerLine = 64 / sizeof(T);
@@ -26,8 +27,8 @@ constexpr size_t padded_pitch(size_t n) {
 }
 
 // c[i, j] = f(sum over l of a(i, l) * b[l, j]), i < m, j < n, l < k, with a(i, l) = a[i * a_row + l * a_step]. On one
-// ISA, an element is the same to the last bit however c is divided into products by rows or columns. Fastest where b and
-// c lie on cache lines at padded_pitch.
+// ISA, an element is the same to the last bit however c is divided into products by rows or columns. Fastest where b
+// and c lie on cache lines at padded_pitch.
 template <typename T>
 struct Product {
   const T* a;
@@ -55,8 +56,8 @@ struct AdamStep {
   size_t n;
   double gradient_scale;  // gradients are taken times this
   double learning_rate, beta1, beta2, epsilon, weight_decay;
-  bool decoupled;            // AdamW's decay
-  double step;               // this step's number, from 1
+  bool decoupled;  // AdamW's decay
+  double step;     // this step's number, from 1
   // Optional: [n], moved towards the new parameters in the same pass: target = tau * parameter + (1 - tau) * target.
   T* targets = nullptr;
   double tau = 0.0;

@@ -46,12 +46,11 @@ struct Agent {
     roles.reward = 2;
     const bool discrete = options.next_value == NextValue::kDouble;
     const uint32_t action_bytes = discrete ? 8 : 4 * kAction;
-    replay = std::make_shared<Replay>(
-        replay_options, RecordLayout({{"observations", 4, 4 * kObservation},
-                                      {"actions", discrete ? 8u : 4u, action_bytes},
-                                      {"rewards", 4, 4},
-                                      {"next_observations", 4, 4 * kObservation}},
-                                     roles));
+    replay = std::make_shared<Replay>(replay_options, RecordLayout({{"observations", 4, 4 * kObservation},
+                                                                    {"actions", discrete ? 8u : 4u, action_bytes},
+                                                                    {"rewards", 4, 4},
+                                                                    {"next_observations", 4, 4 * kObservation}},
+                                                                   roles));
     fill(discrete);
     learner = make_learner<T>(replay, options);
     tensors.networks.resize(options.networks.size());
@@ -126,10 +125,10 @@ struct Agent {
       terminated[i] = i % 7 == 0;
     }
     const auto* const seen = reinterpret_cast<const uint8_t*>(observations.data());
-    const uint8_t* const fields[] = {seen,
-                                     discrete ? reinterpret_cast<const uint8_t*>(choices.data())
-                                              : reinterpret_cast<const uint8_t*>(actions.data()),
-                                     reinterpret_cast<const uint8_t*>(rewards.data()), seen};
+    const uint8_t* const fields[] = {
+        seen,
+        discrete ? reinterpret_cast<const uint8_t*>(choices.data()) : reinterpret_cast<const uint8_t*>(actions.data()),
+        reinterpret_cast<const uint8_t*>(rewards.data()), seen};
     std::vector<int64_t> handles(kRows);
     replay->insert({kRows, fields, terminated.data()}, handles.data());
   }

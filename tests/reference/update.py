@@ -46,7 +46,7 @@ class ReferenceUpdate:
             target = rewards + discounts * self.next_value(following, target_key)
         if self.name == "dqn":
             columns = actions.long().unsqueeze(1) - self.first_action
-            q = self.critics(observations).gather(1, columns).t()
+            q = action_values(self.critics, observations).gather(1, columns).t()
         else:
             q = self.critics(observations, actions)
         difference = target - q
@@ -68,8 +68,8 @@ class ReferenceUpdate:
 
     def next_value(self, following, key):
         if self.name == "dqn":
-            best = self.critics(following).argmax(1, keepdim=True)
-            return self.target_critics(following).gather(1, best).squeeze(1)
+            best = action_values(self.critics, following).argmax(1, keepdim=True)
+            return action_values(self.target_critics, following).gather(1, best).squeeze(1)
         if self.name == "sac":
             actions, log_prob = self.sample(self.policy, following, key)
             alpha = self.log_alpha.exp()
@@ -121,3 +121,12 @@ class ReferenceUpdate:
         with torch.no_grad():
             for slow, fast in zip(target.parameters(), online.parameters(), strict=True):
                 slow.copy_(self.h.tau * fast + (1 - self.h.tau) * slow)
+
+
+def action_values(network, observations):
+    """``[batch, actions]``, past the encoder, which would make float32 of them; Wang et al. 2016, equation 9."""
+    hidden = network.body(observations)
+    advantages = network.advantages(hidden)
+    if not network.dueling:
+        return advantages
+    return network.value(hidden) + advantages - advantages.mean(1, keepdim=True)

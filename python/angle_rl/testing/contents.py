@@ -14,6 +14,7 @@ import gymnasium
 import numpy as np
 import torch
 
+from angle_rl.engines import NativeEngine
 from angle_rl.types import Array
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -33,7 +34,7 @@ def contents(value: Any) -> Contents:
     """Every array, tensor, number and text in `value`, by path: copies.
 
     Goes into containers, dataclasses and objects; modules and optimisers by their state_dict, replays by
-    export_arrays. Functions, classes and spaces are left out.
+    export_arrays. Functions, classes and spaces are left out, and the compiled engine, whose memory is scratch.
     """
     found: Contents = {}
     _walk(value, "", "other", found, {})
@@ -47,7 +48,7 @@ def _walk(value: Any, path: str, kind: str, found: Contents, seen: dict[int, Any
         found[path] = Leaf("parameter" if value.requires_grad and value.is_leaf else kind, as_array(value))
     elif isinstance(value, np.ndarray | np.generic) and value.dtype != object:
         found[path] = Leaf(kind, np.array(value))
-    elif inspect.isroutine(value) or isinstance(value, type | ModuleType | gymnasium.Space):
+    elif inspect.isroutine(value) or isinstance(value, type | ModuleType | gymnasium.Space | NativeEngine):
         return
     elif id(value) not in seen:
         seen[id(value)] = value  # kept, so that no other object gets its id meanwhile
