@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from fractions import Fraction
 
 import numpy as np
@@ -108,6 +109,27 @@ def test_a_call_comes_no_earlier_than_its_last_update_is_due(tmp_path):
     assert (state.updates, state.held_back) == (18, 0)
     agent.finish_updates(rl_state)
     assert state.updates == 18
+
+
+def test_what_waits_is_taken_at_the_end_of_a_run_by_episodes_too_and_kept_by_an_interrupt(tmp_path):
+    trainer = AgentTrainer(small(tmp_path, 100, updates_per_call=7), walk_feed())
+    trainer.train(num_episodes=4)  # of 10 steps
+    assert (trainer.updates, trainer.rl_state.agent_state.held_back) == (20, 0)
+    trainer = AgentTrainer(small(tmp_path, 100, updates_per_call=7), walk_feed())
+    step, count = trainer.feed.step, []
+
+    def interrupting(*arguments):
+        count.append(None)
+        if len(count) == 40:
+            signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    trainer.feed.step = interrupting
+    assert trainer.train() is None
+    assert (trainer.steps, trainer.updates, trainer.rl_state.agent_state.held_back) == (40, 14, 6)
+    rest = AgentTrainer.resume(trainer.run_folder, feed=walk_feed())
+    rest.train()
+    assert (rest.steps, rest.updates) == (100, 80)
 
 
 @pytest.mark.parametrize("updates_per_step", [1.0, 0.4, 1.5])
