@@ -170,7 +170,7 @@ class AgentTrainer:
 
     @property
     def skipped_updates(self) -> int:
-        """Updates left out because a loss was not finite."""
+        """Updates left out because a loss or gradient was not finite."""
         return self._of_agent("skipped_updates") or 0
 
     def _of_agent(self, name: str) -> Any:
@@ -212,7 +212,8 @@ class AgentTrainer:
         None, after a warning, where `evaluate` would raise: the run is then trained and not evaluated.
         The first Ctrl-C saves and returns None, the second raises KeyboardInterrupt at once. Where an
         environment raises, or gives a reward that is not finite, the run is saved and the error raised. The
-        third update in a row whose loss is not finite raises LossNotFiniteError, naming the last checkpoint.
+        third update in a row whose loss or gradient is not finite raises LossNotFiniteError, naming the last
+        checkpoint. Updates that wait for `updates_per_call` are taken at the end.
         """
         episodes = None
         if num_episodes is not None:
