@@ -7,6 +7,13 @@ typedef uint64_t Lanes __attribute__((vector_size(64)));
 inline Lanes multiply_low(Lanes a, uint64_t factor) {
 #if defined(__AVX512F__)
   return (Lanes)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(static_cast<int64_t>(factor)));
+#elif defined(__AVX2__)
+  const __m256i factors = _mm256_set1_epi64x(static_cast<int64_t>(factor));
+  const __m256i* const halves = reinterpret_cast<const __m256i*>(&a);
+  Lanes out;
+  reinterpret_cast<__m256i*>(&out)[0] = _mm256_mul_epu32(halves[0], factors);
+  reinterpret_cast<__m256i*>(&out)[1] = _mm256_mul_epu32(halves[1], factors);
+  return out;
 #else
   return (a & 0xFFFFFFFFull) * factor;
 #endif
@@ -23,18 +30,24 @@ inline void interleave(Lanes a, Lanes b, Lanes* out) {
 #endif
 }
 
+#if defined(__AVX512F__)
+constexpr size_t kSets = 2;  // of eight blocks, worked on together: they keep the multiplier busy
+#else
+constexpr size_t kSets = 1;  // more would not fit the registers
+#endif
+
 // Eight Philox blocks side by side, each word in a 64-bit lane: one multiplication serves eight blocks.
 struct Blocks {
   Lanes c0, c1, c2, c3;
 };
 
-// The rounds of kSets times eight blocks: two sets keep the multiplier busy.
-template <size_t kSets>
+// The rounds of kCount times eight blocks.
+template <size_t kCount>
 __attribute__((always_inline)) inline void philox_rounds(uint64_t key, Blocks* blocks) {
   constexpr uint64_t kLow = 0xFFFFFFFFull;
   uint64_t k0 = key & kLow, k1 = key >> 32;
   for (int round = 0; round < 10; ++round) {
-    for (size_t set = 0; set < kSets; ++set) {
+    for (size_t set = 0; set < kCount; ++set) {
       Blocks& block = blocks[set];
       const Lanes p0 = multiply_low(block.c0, 0xD2511F53ull), p1 = multiply_low(block.c2, 0xCD9E8D57ull);
       block.c0 = (p1 >> 32) ^ block.c1 ^ k0;
@@ -48,7 +61,7 @@ __attribute__((always_inline)) inline void philox_rounds(uint64_t key, Blocks* b
 }
 
 void philox_draws(uint64_t key, uint64_t counter, uint64_t stream, uint64_t* out, size_t n) {
-  constexpr size_t kSets = 2, kDraws = 16 * kSets;
+  constexpr size_t kDraws = 16 * kSets;
   constexpr uint64_t kLow = 0xFFFFFFFFull;
   const Lanes zero = {}, lane = {0, 1, 2, 3, 4, 5, 6, 7};
   for (size_t start = 0; start < n; start += kDraws) {
@@ -67,18 +80,18 @@ void philox_draws(uint64_t key, uint64_t counter, uint64_t stream, uint64_t* out
   }
 }
 
-// The halves of blocks (key, first + i, stream), i < 8 * kSets.
-template <size_t kSets>
+// The halves of blocks (key, first + i, stream), i < 8 * kCount.
+template <size_t kCount>
 inline void philox_halves(uint64_t key, uint64_t first, uint64_t stream, uint64_t* low, uint64_t* high) {
   constexpr uint64_t kLow = 0xFFFFFFFFull;
   const Lanes zero = {}, lane = {0, 1, 2, 3, 4, 5, 6, 7};
-  Blocks blocks[kSets];
-  for (size_t set = 0; set < kSets; ++set) {
+  Blocks blocks[kCount];
+  for (size_t set = 0; set < kCount; ++set) {
     const Lanes counter = lane + (first + 8 * set);
     blocks[set] = {counter & kLow, counter >> 32, zero + (stream & kLow), zero + (stream >> 32)};
   }
-  philox_rounds<kSets>(key, blocks);
-  for (size_t set = 0; set < kSets; ++set) {
+  philox_rounds<kCount>(key, blocks);
+  for (size_t set = 0; set < kCount; ++set) {
     const Blocks& block = blocks[set];
     const Lanes halves[2] = {block.c0 | block.c1 << 32, block.c2 | block.c3 << 32};
     memcpy(low + 8 * set, &halves[0], sizeof(Lanes));
@@ -147,13 +160,13 @@ template <typename Real>
 void normals(uint64_t key, uint64_t stream, Real* out, size_t n) {
   constexpr size_t kPairs = 64;
   for (size_t start = 0; start < n; start += 2 * kPairs) {
-    uint64_t low[kPairs], high[kPairs];
-    Real both[2 * kPairs];
+    alignas(64) uint64_t low[kPairs], high[kPairs];
+    alignas(64) Real both[2 * kPairs];
     const size_t left = n - start < 2 * kPairs ? n - start : 2 * kPairs;
     const size_t pairs = (left + 15) / 16 * 8;  // whole sets of blocks
     size_t i = 0;
-    for (; i + 16 <= pairs; i += 16) philox_halves<2>(key, start / 2 + i, stream, low + i, high + i);
-    if (i < pairs) philox_halves<1>(key, start / 2 + i, stream, low + i, high + i);
+    for (; i + 8 * kSets <= pairs; i += 8 * kSets) philox_halves<kSets>(key, start / 2 + i, stream, low + i, high + i);
+    for (; i < pairs; i += 8) philox_halves<1>(key, start / 2 + i, stream, low + i, high + i);
     for (i = 0; i < pairs; ++i) {
       const double radius = __builtin_sqrt(-2.0 * log_of_share(1.0 - unit_share(low[i])));
       double sine, cosine;
