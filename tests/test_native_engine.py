@@ -14,6 +14,7 @@ import torch
 from gymnasium import spaces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reference.update import ReferenceUpdate
 
 from angle_rl import _core
 from angle_rl.agents import DDPG, DQN, SAC, TD3
@@ -21,7 +22,6 @@ from angle_rl.config import AgentConfig, Hyperparameters, Training
 from angle_rl.engines import NativeEngine, TorchEngine
 from angle_rl.replay import PrioritizedReplayBuffer
 from angle_rl.types import RandomKey
-from reference.update import ReferenceUpdate
 
 AGENTS = {"sac": SAC, "td3": TD3, "ddpg": DDPG, "dqn": DQN}
 LOW, HIGH = np.array([-1.0, 0.0, -3.0], np.float32), np.array([1.0, 10.0, -1.0], np.float32)

@@ -5,6 +5,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/typing.h>
 
 #include <cstdint>
 #include <memory>
@@ -23,6 +24,8 @@ namespace {
 
 using Addresses = py::array_t<int64_t, py::array::c_style>;
 using Numbers = py::array_t<double, py::array::c_style>;
+using Options = py::typing::Dict<py::str, py::object>;
+using Outcome = py::typing::Tuple<py::int_, py::int_, py::float_, py::object>;
 
 template <class Value>
 Value option(const py::dict& options, const char* name) {
@@ -142,7 +145,7 @@ void read_network(Reader& from, const NetworkShape& shape, typename LearnerTenso
 
 class PyLearner {
  public:
-  PyLearner(py::handle replay, bool is_double, const py::dict& options, const std::vector<int>& kinds)
+  PyLearner(py::handle replay, bool is_double, const Options& options, const std::vector<int>& kinds)
       : options_(options_from(options)), is_double_(is_double) {
     if (kinds.size() != 4) throw std::invalid_argument("a batch has four fields");
     for (size_t f = 0; f < 4; ++f) batch_.kinds[f] = policy_batch_.kinds[f] = static_cast<FieldKind>(kinds[f]);
@@ -157,9 +160,9 @@ class PyLearner {
   // addresses: of each tensor of each network, layer by layer, its own, Adam's two means and step, and the target's (or
   // 0); then the same of the entropy coefficient's logarithm where it is learned. groups: six numbers for each. places:
   // of the batch's eight tensors, the policy batch's, q, td_error and log_prob.
-  py::tuple run(const Addresses& addresses, const Numbers& groups, const Addresses& places, double entropy_coefficient,
-                uint32_t n_step, double discount, double importance_exponent, uint32_t flags,
-                const std::vector<std::tuple<uint64_t, uint32_t, bool>>& calls) {
+  Outcome run(const Addresses& addresses, const Numbers& groups, const Addresses& places, double entropy_coefficient,
+              uint32_t n_step, double discount, double importance_exponent, uint32_t flags,
+              const std::vector<std::tuple<uint64_t, uint32_t, bool>>& calls) {
     if (places.size() != 19) throw std::invalid_argument("a call takes 19 places");
     SampleRequest request{options_.batch};
     request.n_step = n_step;
@@ -212,7 +215,7 @@ class PyLearner {
 
 void bind_learner(py::module_& m) {
   py::class_<PyLearner>(m, "Learner")
-      .def(py::init<py::handle, bool, const py::dict&, const std::vector<int>&>(), py::arg("replay"),
+      .def(py::init<py::handle, bool, const Options&, const std::vector<int>&>(), py::arg("replay"),
            py::arg("is_double"), py::arg("options"), py::arg("kinds"))
       .def("run", &PyLearner::run, py::arg("addresses"), py::arg("groups"), py::arg("places"),
            py::arg("entropy_coefficient"), py::arg("n_step"), py::arg("discount"), py::arg("importance_exponent"),

@@ -1,4 +1,4 @@
-"""One update of SAC, TD3, DDPG and DQN in float64, by torch's autograd and Adam, straight from the papers' equations."""
+"""One update of SAC, TD3, DDPG and DQN in float64 by torch's autograd and Adam, straight from the equations."""
 
 from __future__ import annotations
 

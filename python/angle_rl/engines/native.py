@@ -167,7 +167,7 @@ class NativeEngine:
             options["first_action"] = update.first_action
         else:
             assert update.bounds is not None
-            critics = update.critics.critics
+            critics = self._networks[1].layers[0][0].shape[0]
             scale, center = action_scaling(update.policy)
             options |= {
                 "action_dim": len(scale),
@@ -232,8 +232,8 @@ def networks_of(update: Update) -> list[Network]:
     critics, target = update.critics, update.target_critics
     if isinstance(critics, QNetwork) and isinstance(target, QNetwork):
         if not critics.dueling:
-            own, slow = (nn.Sequential(*q.body, *q.advantages) for q in (critics, target))
-            return [_sequential(own, slow, "critics", critics.encoder.width)]
+            whole = [nn.Sequential(*q.body, *q.advantages) for q in (critics, target)]
+            return [_sequential(whole[0], whole[1], "critics", critics.encoder.width)]
         trunk = _sequential(critics.body, target.body, "critics", critics.encoder.width)._replace(hidden_end=True)
         width = trunk.shape()["sizes"][-1]
         return [
@@ -303,7 +303,7 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dic
 
 def _groups(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, list[float]]:
     """Six numbers for each parameter: learning rate, both betas, epsilon, weight decay, whether it is decoupled."""
-    found = {}
+    found: dict[torch.Tensor, list[float]] = {}
     for group in optimizer.param_groups:
         decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
         numbers = [group["lr"], *group["betas"], group["eps"], group["weight_decay"], float(decoupled)]
