@@ -34,7 +34,7 @@ struct Product {
   const T* a;
   size_t a_row, a_step;  // one of them is 1
   const T* b;            // rows readable to the next kColumnMultiple
-  size_t b_row;
+  size_t b_row;          // b[l, j] is b[l * b_row + j], or b[j * b_row + l] where b is turned
   T* c;  // written only where i < m and j < n
   size_t c_row;
   size_t m, n, k;
@@ -43,6 +43,7 @@ struct Product {
   bool relu = false;
   const T* gate = nullptr;  // [m, n], rows readable to the next kColumnMultiple; optional
   size_t gate_row = 0;
+  bool b_turned = false;  // b is given as [n, k]: a weight gradient's inputs as they lie, without a transpose before
 };
 
 // One step of Adam (Kingma and Ba 2015, arXiv:1412.6980), or of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)

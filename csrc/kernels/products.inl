@@ -1,9 +1,9 @@
 // Matrix products and transposes (docs/decisions/0010-matrix-products.md).
 //
 // A tile of c, some rows by some vectors, is summed up in registers while one row of b and one column of a after the
-// other goes by. Neither matrix is copied: with rows of b at an odd number of cache lines, a panel of b as wide as a
-// tile lies in the L1 cache while all rows of a pass by. Long sums are cut into pieces of equal length, added up in c.
-// Which pieces depends on k alone, so an element of c is the same however c is divided into calls.
+// other goes by. Nothing is copied: with rows of b at an odd number of cache lines, a panel of b as wide as a tile lies
+// in the L1 cache while all rows of a pass by. Only a turned b is, panel by panel. Long sums are cut into pieces, added
+// up in c. Which pieces depends on k alone, so an element of c is the same however c is divided into calls.
 
 #if defined(__AVX512F__)
 constexpr size_t kTileRows = 12, kTileVectors = 2;
@@ -16,20 +16,41 @@ constexpr size_t kRowVectors = 8;    // of a tile of one row
 constexpr size_t kDepth = 256;       // most steps of one piece
 constexpr size_t kRowsAtOnce = 504;  // rows of a that pass by each panel of b
 
+// Steps of all pieces but the last: about equal ones, whole cache lines.
+inline size_t depth_of(size_t k) {
+  const size_t pieces = k <= kDepth ? 1 : (k + kDepth - 1) / kDepth, even = (k + pieces - 1) / pieces;
+  return (even + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
+}
+
+// Some rows of c, to be added up over some steps. Factors are numbers, or what Vector<Factor> makes of them.
+template <typename Factor>
 struct Piece {
-  size_t first, steps;
-  bool last;
+  const Factor* a;  // of the first row and step
+  size_t a_row, a_step;
+  size_t steps;
+  size_t begin, end;  // rows of c
+  bool first, last;   // of the sum
 };
 
-// Tiles one below the other, the first at c[i, j]; only the last vector may reach beyond p.n. The strips are looped
-// over in here, which saves short sums the calls.
-template <typename T, size_t kRows, size_t kVectors>
-__attribute__((noinline)) void tiles(const Product<T>& p, const Piece& piece, size_t i, size_t j, size_t strips) {
+// A panel of b from the piece's first step on, and its first column of c.
+template <typename Factor>
+struct Panel {
+  const Factor* b;
+  size_t b_row;
+  size_t j;
+};
+
+// Tiles one below the other from row i of c on; only the last vector may reach beyond p.n. The strips are looped over
+// in here, which saves short sums the calls.
+template <typename Factor, typename T, size_t kRows, size_t kVectors>
+__attribute__((noinline)) void tiles(const Product<T>& p, const Piece<Factor>& piece, const Panel<Factor>& panel,
+                                     size_t i, size_t strips) {
   using V = Vector<T>;
+  using F = Vector<Factor>;
   constexpr size_t kWidth = V::kWidth, kGroups = (kRows + 2) / 3;  // rows 0, 1, 2 of a group: scaled addresses
   for (; strips != 0; --strips, i += kRows) {
     typename V::Type sums[kRows][kVectors];
-    if (p.bias != nullptr && piece.first == 0) {
+    if (p.bias != nullptr && piece.first) {
 #pragma GCC unroll 16
       for (size_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -43,31 +64,31 @@ __attribute__((noinline)) void tiles(const Product<T>& p, const Piece& piece, si
       }
     }
 
-    const size_t a_row = p.a_row, a_step = p.a_step, b_row = p.b_row;
-    const T* a[kGroups];
+    const size_t a_row = piece.a_row, a_step = piece.a_step, b_row = panel.b_row;
+    const Factor* a[kGroups];
 #pragma GCC unroll 16
-    for (size_t g = 0; g < kGroups; ++g) a[g] = p.a + (i + 3 * g) * a_row + piece.first * a_step;
-    const T* b = p.b + piece.first * b_row + j;
+    for (size_t g = 0; g < kGroups; ++g) a[g] = piece.a + (i - piece.begin + 3 * g) * a_row;
+    const Factor* b = panel.b;
 #pragma GCC unroll 2
     for (size_t step = piece.steps; step != 0; --step) {
-      typename V::Type row[kVectors];
+      typename F::Type row[kVectors];
 #pragma GCC unroll 8
-      for (size_t v = 0; v < kVectors; ++v) row[v] = V::load(b + v * kWidth);
+      for (size_t v = 0; v < kVectors; ++v) row[v] = F::load(b + v * kWidth);
 #pragma GCC unroll 16
       for (size_t r = 0; r < kRows; ++r) {
-        const typename V::Type factor = V::all(a[r / 3] + r % 3 * a_row);
+        const typename F::Type factor = F::all(a[r / 3] + r % 3 * a_row);
 #pragma GCC unroll 8
-        for (size_t v = 0; v < kVectors; ++v) sums[r][v] = V::multiply_add(factor, row[v], sums[r][v]);
+        for (size_t v = 0; v < kVectors; ++v) sums[r][v] = F::multiply_add(factor, row[v], sums[r][v]);
       }
 #pragma GCC unroll 16
       for (size_t g = 0; g < kGroups; ++g) a[g] += a_step;
       b += b_row;
     }
 
-    T* const c = p.c + i * p.c_row + j;
-    const size_t c_row = p.c_row, rest = p.n - j - (kVectors - 1) * kWidth;  // columns of the last vector
+    T* const c = p.c + i * p.c_row + panel.j;
+    const size_t c_row = p.c_row, rest = p.n - panel.j - (kVectors - 1) * kWidth;  // columns of the last vector
     const bool whole = rest >= kWidth;
-    if (piece.first != 0) {
+    if (!piece.first) {
 #pragma GCC unroll 16
       for (size_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -85,7 +106,7 @@ __attribute__((noinline)) void tiles(const Product<T>& p, const Piece& piece, si
       }
     }
     if (piece.last && p.gate != nullptr) {
-      const T* const gate = p.gate + i * p.gate_row + j;
+      const T* const gate = p.gate + i * p.gate_row + panel.j;
       const size_t gate_row = p.gate_row;
 #pragma GCC unroll 16
       for (size_t r = 0; r < kRows; ++r) {
@@ -111,87 +132,120 @@ __attribute__((noinline)) void tiles(const Product<T>& p, const Piece& piece, si
 }
 
 // The same with a number of rows known at run time, at most kRows.
-template <typename T, size_t kRows, size_t kVectors>
-inline void tiles_of(size_t rows, const Product<T>& p, const Piece& piece, size_t i, size_t j, size_t strips) {
+template <typename Factor, typename T, size_t kRows, size_t kVectors>
+inline void tiles_of(size_t rows, const Product<T>& p, const Piece<Factor>& piece, const Panel<Factor>& panel, size_t i,
+                     size_t strips) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      tiles_of<T, kRows - 1, kVectors>(rows, p, piece, i, j, strips);
+      tiles_of<Factor, T, kRows - 1, kVectors>(rows, p, piece, panel, i, strips);
       return;
     }
   }
-  tiles<T, kRows, kVectors>(p, piece, i, j, strips);
+  tiles<Factor, T, kRows, kVectors>(p, piece, panel, i, strips);
 }
 
-// Rows [begin, end) of c in strips of nearly equal height.
-template <typename T, size_t kRows, size_t kVectors>
-inline void panel(const Product<T>& p, const Piece& piece, size_t begin, size_t end, size_t j) {
-  const size_t strips = (end - begin + kRows - 1) / kRows, height = (end - begin) / strips;
-  const size_t higher = (end - begin) % strips;
-  if (higher != 0) tiles_of<T, kRows, kVectors>(height + 1, p, piece, begin, j, higher);
-  tiles_of<T, kRows, kVectors>(height, p, piece, begin + higher * (height + 1), j, strips - higher);
+// The piece's rows in strips of nearly equal height.
+template <typename Factor, typename T, size_t kRows, size_t kVectors>
+inline void strips_of(const Product<T>& p, const Piece<Factor>& piece, const Panel<Factor>& panel) {
+  const size_t rows = piece.end - piece.begin, strips = (rows + kRows - 1) / kRows;
+  const size_t height = rows / strips, higher = rows % strips, i = piece.begin;
+  if (higher != 0) tiles_of<Factor, T, kRows, kVectors>(height + 1, p, piece, panel, i, higher);
+  tiles_of<Factor, T, kRows, kVectors>(height, p, piece, panel, i + higher * (height + 1), strips - higher);
 }
 
-// The rows over all columns: panels of kVectors vectors, then smaller ones.
-template <typename T, size_t kRows, size_t kVectors>
-inline void panels(const Product<T>& p, const Piece& piece, size_t begin, size_t end) {
+// The piece's rows over all columns: panels of kVectors vectors, then narrower ones. panel_at(j, vectors) says where
+// they lie.
+template <typename Factor, typename T, size_t kRows, size_t kVectors, typename PanelAt>
+inline void panels(const Product<T>& p, const Piece<Factor>& piece, const PanelAt& panel_at) {
   constexpr size_t kWidth = Vector<T>::kWidth, kLower = kRows < 3 ? kRows : kRows * 2 / 3;
   size_t j = 0, left = (p.n + kWidth - 1) / kWidth;  // vectors
-  const auto go = [&](size_t vectors) {
+  const auto next = [&](size_t vectors) {
+    const Panel<Factor> panel = panel_at(j, vectors);
     j += vectors * kWidth;
     left -= vectors;
+    return panel;
   };
-  for (; left >= kVectors && left != 3; go(kVectors)) panel<T, kRows, kVectors>(p, piece, begin, end, j);
-  for (; left >= 2 && left != 3; go(2)) panel<T, kRows, 2>(p, piece, begin, end, j);
+  while (left >= kVectors && left != 3) strips_of<Factor, T, kRows, kVectors>(p, piece, next(kVectors));
+  while (left >= 2 && left != 3) strips_of<Factor, T, kRows, 2>(p, piece, next(2));
   if (left == 3) {
-    panel<T, kLower, 3>(p, piece, begin, end, j);
+    strips_of<Factor, T, kLower, 3>(p, piece, next(3));
   } else if (left == 1) {
-    panel<T, kRows, 1>(p, piece, begin, end, j);
+    strips_of<Factor, T, kRows, 1>(p, piece, next(1));
   }
+}
+
+// Square blocks of a vector's width, of whose rows there are `rows`, the others zeros: rows half a block apart are
+// interleaved, as often as it takes to halve the width down to 1.
+template <typename T>
+inline void transpose_block(const T* in, size_t in_row, size_t rows, T* out, size_t out_row) {
+  using V = Vector<T>;
+  constexpr size_t kWidth = V::kWidth;
+  typename V::Type now[kWidth], next[kWidth];
+  if (rows >= kWidth) {
+#pragma GCC unroll 16
+    for (size_t i = 0; i < kWidth; ++i) now[i] = V::load(in + i * in_row);
+  } else {
+#pragma GCC unroll 16
+    for (size_t i = 0; i < kWidth; ++i) now[i] = i < rows ? V::load(in + i * in_row) : V::zero();
+  }
+#pragma GCC unroll 4
+  for (size_t width = kWidth; width > 1; width /= 2) {
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kWidth / 2; ++i) {
+      next[2 * i] = V::low_pairs(now[i], now[i + kWidth / 2]);
+      next[2 * i + 1] = V::high_pairs(now[i], now[i + kWidth / 2]);
+    }
+#pragma GCC unroll 16
+    for (size_t i = 0; i < kWidth; ++i) now[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (size_t i = 0; i < kWidth; ++i) V::store(out + i * out_row, now[i]);
 }
 
 template <typename T>
 void product(const Product<T>& p) {
+  constexpr size_t kWidth = Vector<T>::kWidth;
+  constexpr size_t kPanelVectors = kTileVectors < 3 ? 3 : kTileVectors;
+  alignas(64) T turned[kDepth * kPanelVectors * kWidth];
   if (p.m == 0 || p.n == 0) return;
-  const size_t pieces = p.k <= kDepth ? 1 : (p.k + kDepth - 1) / kDepth, depth = (p.k + pieces - 1) / pieces;
+  const size_t depth = depth_of(p.k);
   for (size_t begin = 0; begin < p.m; begin += kRowsAtOnce) {
     const size_t end = p.m - begin < kRowsAtOnce ? p.m : begin + kRowsAtOnce;
     for (size_t first = 0;;) {
       const size_t steps = p.k - first < depth ? p.k - first : depth;
-      const Piece piece = {first, steps, first + steps == p.k};
-      if (end - begin == 1) {  // few rows want wide tiles: there have to be enough sums to hide a multiply-add's time
-        panels<T, 1, kRowVectors>(p, piece, begin, end);
-      } else if (end - begin == 2) {
-        panels<T, 2, 4>(p, piece, begin, end);
+      const Piece<T> piece = {p.a + begin * p.a_row + first * p.a_step,
+                              p.a_row,
+                              p.a_step,
+                              steps,
+                              begin,
+                              end,
+                              first == 0,
+                              first + steps == p.k};
+      if (p.b_turned) {
+        panels<T, T, kTileRows, kTileVectors>(p, piece, [&](size_t j, size_t vectors) {
+          const size_t row = vectors * kWidth;
+          for (size_t step = 0; step < steps; step += kWidth) {
+            for (size_t at = j; at < j + row && at < p.n; at += kWidth) {
+              transpose_block<T>(p.b + at * p.b_row + first + step, p.b_row, p.n - at, turned + step * row + at - j,
+                                 row);
+            }
+          }
+          return Panel<T>{turned, row, j};
+        });
       } else {
-        panels<T, kTileRows, kTileVectors>(p, piece, begin, end);
+        const auto in_place = [&](size_t j, size_t) { return Panel<T>{p.b + first * p.b_row + j, p.b_row, j}; };
+        if (end - begin == 1) {  // few rows want wide tiles: it takes enough sums to hide a multiply-add's time
+          panels<T, T, 1, kRowVectors>(p, piece, in_place);
+        } else if (end - begin == 2) {
+          panels<T, T, 2, 4>(p, piece, in_place);
+        } else {
+          panels<T, T, kTileRows, kTileVectors>(p, piece, in_place);
+        }
       }
       first += steps;
       if (piece.last) break;
     }
   }
-}
-
-// Square blocks of a vector's width: rows half a block apart are interleaved, as often as it takes to halve the width
-// down to 1.
-template <typename T>
-inline void transpose_block(const T* in, size_t in_row, T* out, size_t out_row) {
-  using V = Vector<T>;
-  constexpr size_t kWidth = V::kWidth;
-  typename V::Type rows[kWidth], next[kWidth];
-#pragma GCC unroll 16
-  for (size_t i = 0; i < kWidth; ++i) rows[i] = V::load(in + i * in_row);
-#pragma GCC unroll 4
-  for (size_t width = kWidth; width > 1; width /= 2) {
-#pragma GCC unroll 8
-    for (size_t i = 0; i < kWidth / 2; ++i) {
-      next[2 * i] = V::low_pairs(rows[i], rows[i + kWidth / 2]);
-      next[2 * i + 1] = V::high_pairs(rows[i], rows[i + kWidth / 2]);
-    }
-#pragma GCC unroll 16
-    for (size_t i = 0; i < kWidth; ++i) rows[i] = next[i];
-  }
-#pragma GCC unroll 16
-  for (size_t i = 0; i < kWidth; ++i) V::store(out + i * out_row, rows[i]);
 }
 
 template <typename T>
@@ -200,7 +254,7 @@ void transpose(const T* in, size_t in_row, T* out, size_t out_row, size_t rows, 
   const size_t whole_rows = rows / kWidth * kWidth, whole_columns = columns / kWidth * kWidth;
   for (size_t j = 0; j < whole_columns; j += kWidth) {
     for (size_t i = 0; i < whole_rows; i += kWidth) {
-      transpose_block<T>(in + i * in_row + j, in_row, out + j * out_row + i, out_row);
+      transpose_block<T>(in + i * in_row + j, in_row, kWidth, out + j * out_row + i, out_row);
     }
   }
   for (size_t j = 0; j < columns; ++j) {

@@ -51,6 +51,7 @@ struct Case {
   size_t m, n, k;
   bool turned;  // a lies column by column
   bool bias, relu, gate;
+  bool b_turned = false;
 };
 
 constexpr size_t kLead = 5, kBeyond = 19;  // elements before c and after each of its rows that stay as they are
@@ -64,7 +65,9 @@ double worst_error(const Kernels& table, const Case& c, std::vector<T>* out = nu
   p.m = c.m, p.n = c.n, p.k = c.k;
   p.a = in.a.data() + 1;  // not aligned
   p.a_row = c.turned ? 1 : c.k + 2, p.a_step = c.turned ? c.m + 3 : 1;
-  p.b_row = padded_pitch<T>(c.n), p.b = in.b.data();
+  p.b_turned = c.b_turned;
+  p.b_row = padded_pitch<T>(c.b_turned ? c.k : c.n), p.b = in.b.data();
+  const auto b_at = [&](size_t l, size_t j) { return double(p.b[c.b_turned ? j * p.b_row + l : l * p.b_row + j]); };
   p.c_row = c.n + kBeyond;
   std::vector<T> result(kLead + c.m * p.c_row, canary);
   p.c = result.data() + kLead;
@@ -72,7 +75,8 @@ double worst_error(const Kernels& table, const Case& c, std::vector<T>* out = nu
   p.relu = c.relu;
   p.gate = c.gate ? in.gate.data() : nullptr, p.gate_row = padded_pitch<T>(c.n);
   REQUIRE(1 + (c.m + 3) * (c.k + 3) <= in.a.size());
-  REQUIRE(std::max(c.k, c.m) * p.b_row + kColumnMultiple <= in.b.size());
+  REQUIRE((c.b_turned ? c.n : c.k) * p.b_row + kColumnMultiple <= in.b.size());
+  REQUIRE(c.m * p.gate_row + kColumnMultiple <= in.gate.size());
   learner_of<T>(table).product(p);
 
   double worst = 0;
@@ -84,8 +88,8 @@ double worst_error(const Kernels& table, const Case& c, std::vector<T>* out = nu
     for (size_t l = 0; l < c.k; ++l) {
       const double a = p.a[i * p.a_row + l * p.a_step];
       for (size_t j = 0; j < c.n; ++j) {
-        sum[j] += a * double(p.b[l * p.b_row + j]);
-        size[j] += std::abs(a * double(p.b[l * p.b_row + j]));
+        sum[j] += a * b_at(l, j);
+        size[j] += std::abs(a * b_at(l, j));
       }
     }
     for (size_t j = 0; j < c.n; ++j) {
@@ -117,6 +121,7 @@ void check(const Kernels& table, const Case& c) {
   CAPTURE(c.n);
   CAPTURE(c.k);
   CAPTURE(c.turned);
+  CAPTURE(c.b_turned);
   CHECK(error <= allowed<T>(c.k));
 }
 
@@ -129,25 +134,29 @@ TEST_CASE_TEMPLATE("a product is right at every size around a tile's", T, float,
       for (size_t n = 1; n <= 49; ++n) {
         const size_t k = 1 + (7 * m + 3 * n) % 40;
         const unsigned kind = static_cast<unsigned>(turn++ * 5 % 16);
-        check<T>(*table, {m, n, k, (kind & 1) != 0, (kind & 2) != 0, (kind & 4) != 0, (kind & 8) != 0});
+        check<T>(*table,
+                 {m, n, k, (kind & 1) != 0, (kind & 2) != 0, (kind & 4) != 0, (kind & 8) != 0, (m + n) % 3 == 0});
       }
     }
     for (size_t k = 1; k <= 40; ++k) {
-      check<T>(*table, {13, 35, k, false, true, true, false});
-      check<T>(*table, {13, 35, k, true, false, false, true});
+      for (const bool b_turned : {false, true}) {
+        check<T>(*table, {13, 35, k, false, true, true, false, b_turned});
+        check<T>(*table, {13, 35, k, true, false, false, true, b_turned});
+      }
     }
   }
 }
 
 TEST_CASE_TEMPLATE("a product is right at a learner's sizes, with every end and both ways that a may lie", T, float,
                    double) {
-  constexpr size_t kShapes[][3] = {{1, 130, 1},   {1, 300, 70},  {2, 200, 33}, {3, 64, 256},   {12, 96, 256},
+  constexpr size_t kShapes[][3] = {{1, 130, 1},   {1, 200, 70},  {2, 200, 33}, {3, 64, 256},   {12, 96, 256},
                                    {33, 23, 257}, {24, 48, 600}, {1, 17, 600}, {100, 33, 512}, {23, 128, 100},
-                                   {2, 9, 600},   {41, 16, 300}, {509, 7, 5}};
+                                   {2, 9, 600},   {41, 16, 300}, {509, 7, 5},  {5, 40, 258}};
   for (const Kernels* table : tables()) {
     for (const auto& [m, n, k] : kShapes) {
-      for (unsigned kind = 0; kind < 16; ++kind) {
-        check<T>(*table, {m, n, k, (kind & 1) != 0, (kind & 2) != 0, (kind & 4) != 0, (kind & 8) != 0});
+      for (unsigned kind = 0; kind < 32; ++kind) {
+        check<T>(*table,
+                 {m, n, k, (kind & 1) != 0, (kind & 2) != 0, (kind & 4) != 0, (kind & 8) != 0, (kind & 16) != 0});
       }
     }
   }
@@ -166,20 +175,29 @@ TEST_CASE_TEMPLATE("a product divided into ranges of rows or columns gives the s
   constexpr size_t m = 29, n = 83, k = 300, pitch = padded_pitch<T>(n);
   const Numbers<T>& in = numbers<T>();
   for (const Kernels* table : tables()) {
-    const auto rows = [&](size_t begin, size_t end, size_t first, size_t past, std::vector<T>& c) {
+    const auto rows = [&](size_t begin, size_t end, size_t first, size_t past, std::vector<T>& c,
+                          bool b_turned = false) {
       Product<T> p;
       p.a = in.a.data() + begin * k, p.a_row = k, p.a_step = 1;
       p.b = in.b.data() + first, p.b_row = pitch;
       p.c = c.data() + begin * n + first, p.c_row = n;
       p.m = end - begin, p.n = past - first, p.k = k;
       p.bias = in.bias.data() + begin;
+      std::vector<T> copy;
+      if (b_turned) {
+        copy.resize(p.n * padded_pitch<T>(k));
+        learner_of<T>(*table).transpose(p.b, p.b_row, copy.data(), padded_pitch<T>(k), k, p.n);
+        p.b = copy.data(), p.b_row = padded_pitch<T>(k), p.b_turned = true;
+      }
       learner_of<T>(*table).product(p);
     };
-    std::vector<T> whole(m * n), by_rows(m * n), by_columns(m * n);
+    std::vector<T> whole(m * n), by_rows(m * n), by_columns(m * n), from_turned(m * n);
     rows(0, m, 0, n, whole);
     rows(0, 1, 0, n, by_rows), rows(1, 3, 0, n, by_rows), rows(3, 16, 0, n, by_rows), rows(16, m, 0, n, by_rows);
     rows(0, m, 0, 16, by_columns), rows(0, m, 16, 64, by_columns), rows(0, m, 64, n, by_columns);
+    rows(0, m, 0, 30, from_turned, true), rows(0, 2, 30, n, from_turned, true), rows(2, m, 30, n, from_turned, true);
     CAPTURE(table->isa);
+    CHECK(from_turned == whole);
     CHECK(by_rows == whole);
     CHECK(by_columns == whole);
   }
