@@ -55,4 +55,11 @@ const Kernels& kernels() {
   return chosen;
 }
 
+BfloatProduct bfloat16_product() {
+#if defined(ANGLE_X86)
+  if (&kernels() == &avx512::table && __builtin_cpu_supports("avx512bf16")) return avx512_bf16::product;
+#endif
+  return nullptr;
+}
+
 }  // namespace angle

@@ -26,6 +26,13 @@ struct Kernels {
 // lacks.
 const Kernels& kernels();
 
+// LearnerKernels::f32.product with factors rounded to bfloat16 (to the nearest, even on a tie; subnormal ones are
+// zeros) and float32 sums; with fewer than 8 rows or steps nothing is rounded. The same numbers however the columns are
+// divided. Uses 100 KB of stack. Null where the CPU lacks AVX512_BF16 or kernels() are not those of avx512. O(1). Any
+// thread.
+using BfloatProduct = void (*)(const Product<float>&);
+BfloatProduct bfloat16_product();
+
 // Whether this machine can run the named ISA. Any thread.
 bool isa_available(const char* isa);
 
@@ -38,6 +45,9 @@ extern const Kernels table;
 }
 namespace avx512 {
 extern const Kernels table;
+}
+namespace avx512_bf16 {
+void product(const Product<float>& p);
 }
 
 }  // namespace angle

@@ -58,7 +58,7 @@ constexpr size_t kLead = 5, kBeyond = 19;  // elements before c and after each o
 
 // The largest of |got - expected| / (sum |a| |b| + |bias|), infinite where an element outside c was written.
 template <class T>
-double worst_error(const Kernels& table, const Case& c, std::vector<T>* out = nullptr) {
+double worst_error(void (*product)(const Product<T>&), const Case& c, T (*rounded)(T) = nullptr) {
   const Numbers<T>& in = numbers<T>();
   const T canary = T(-12345.75);
   Product<T> p;
@@ -67,7 +67,7 @@ double worst_error(const Kernels& table, const Case& c, std::vector<T>* out = nu
   p.a_row = c.turned ? 1 : c.k + 2, p.a_step = c.turned ? c.m + 3 : 1;
   p.b_turned = c.b_turned;
   p.b_row = padded_pitch<T>(c.b_turned ? c.k : c.n), p.b = in.b.data();
-  const auto b_at = [&](size_t l, size_t j) { return double(p.b[c.b_turned ? j * p.b_row + l : l * p.b_row + j]); };
+  const auto b_at = [&](size_t l, size_t j) { return p.b[c.b_turned ? j * p.b_row + l : l * p.b_row + j]; };
   p.c_row = c.n + kBeyond;
   std::vector<T> result(kLead + c.m * p.c_row, canary);
   p.c = result.data() + kLead;
@@ -77,8 +77,9 @@ double worst_error(const Kernels& table, const Case& c, std::vector<T>* out = nu
   REQUIRE(1 + (c.m + 3) * (c.k + 3) <= in.a.size());
   REQUIRE((c.b_turned ? c.n : c.k) * p.b_row + kColumnMultiple <= in.b.size());
   REQUIRE(c.m * p.gate_row + kColumnMultiple <= in.gate.size());
-  learner_of<T>(table).product(p);
+  product(p);
 
+  const auto factor = [&](T x) { return double(rounded == nullptr ? x : rounded(x)); };
   double worst = 0;
   std::vector<double> sum(c.n), size(c.n);
   for (size_t i = 0; i < c.m; ++i) {
@@ -86,10 +87,11 @@ double worst_error(const Kernels& table, const Case& c, std::vector<T>* out = nu
     std::fill(sum.begin(), sum.end(), start);
     std::fill(size.begin(), size.end(), std::abs(start) + 1e-30);
     for (size_t l = 0; l < c.k; ++l) {
-      const double a = p.a[i * p.a_row + l * p.a_step];
+      const double a = factor(p.a[i * p.a_row + l * p.a_step]);
       for (size_t j = 0; j < c.n; ++j) {
-        sum[j] += a * b_at(l, j);
-        size[j] += std::abs(a * b_at(l, j));
+        const double b = factor(b_at(l, j));
+        sum[j] += a * b;
+        size[j] += std::abs(a * b);
       }
     }
     for (size_t j = 0; j < c.n; ++j) {
@@ -103,7 +105,6 @@ double worst_error(const Kernels& table, const Case& c, std::vector<T>* out = nu
     const bool inside = at >= kLead && (at - kLead) % p.c_row < c.n;
     if (!inside && result[at] != canary) worst = std::numeric_limits<double>::infinity();
   }
-  if (out != nullptr) *out = result;
   return worst;
 }
 
@@ -115,7 +116,7 @@ double allowed(size_t k) {
 
 template <class T>
 void check(const Kernels& table, const Case& c) {
-  const double error = worst_error<T>(table, c);
+  const double error = worst_error<T>(learner_of<T>(table).product, c);
   CAPTURE(table.isa);
   CAPTURE(c.m);
   CAPTURE(c.n);
@@ -261,6 +262,48 @@ TEST_CASE("a pitch is an odd number of cache lines and leaves room to read on") 
       CHECK(pitch / lanes % 2 == 1);
       CHECK(pitch >= (n + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple);
       CHECK(pitch < n + 3 * kColumnMultiple);
+    }
+  }
+}
+
+namespace {
+
+float bfloat16(float x) {  // to the nearest, even on a tie
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u;
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
+}  // namespace
+
+TEST_CASE("a product of bfloat16 factors is that of the rounded factors") {
+  const auto product = bfloat16_product();
+  if (product == nullptr) {
+    MESSAGE("not tested: no AVX512_BF16 here, or ANGLE_ISA forbids it");
+    return;
+  }
+  const auto check_rounded = [product](const Case& c) {
+    const double error = worst_error<float>(product, c, c.m < 8 || c.k < 8 ? nullptr : bfloat16);
+    CAPTURE(c.m);
+    CAPTURE(c.n);
+    CAPTURE(c.k);
+    CAPTURE(c.turned);
+    CAPTURE(c.b_turned);
+    CHECK(error <= allowed<float>(c.k));
+  };
+  for (size_t m = 6; m <= 20; ++m) {
+    for (size_t n = 1; n <= 49; ++n) {
+      const unsigned kind = static_cast<unsigned>(m * 5 + n);
+      check_rounded({m, n, 1 + (7 * m + 3 * n) % 40, (kind & 1) != 0, (kind & 2) != 0, (kind & 4) != 0, (kind & 8) != 0,
+                     (kind & 16) != 0});
+    }
+  }
+  for (const size_t k : {7u, 8u, 9u, 31u, 32u, 33u, 34u, 63u, 65u, 127u, 255u, 256u, 257u, 258u, 273u, 600u}) {
+    for (unsigned kind = 0; kind < 8; ++kind) {
+      check_rounded({13, 37, k, (kind & 1) != 0, (kind & 2) != 0, false, false, (kind & 4) != 0});
+      check_rounded({149, 60, k, (kind & 1) != 0, false, false, (kind & 2) != 0, (kind & 4) != 0});
     }
   }
 }
