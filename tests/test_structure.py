@@ -141,6 +141,7 @@ def test_per_isa_units_share_no_weak_symbols(tmp_path):
         flags["avx2"] = ["-mavx2", "-mfma", "-mbmi2"]
     if "avx512" in _core.available_isas():
         flags["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mbmi2"]
+        flags["avx512_bf16"] = [*flags["avx512"], "-mavx512bf16"]
     for isa, wide in flags.items():
         unit = tmp_path / f"{isa}.o"
         source = ROOT / "csrc" / "kernels" / f"kernels_{isa}.cpp"
