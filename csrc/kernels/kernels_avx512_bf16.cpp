@@ -93,9 +93,9 @@ void product(const Product<float>& p) {
   }
   if (p.n == 0) return;
   alignas(64) Pair a[kBlockRows * kPairRow], b[kPairs * kMostVectors * kWidth];
-  const size_t depth = depth_of(p.k);
-  for (size_t begin = 0; begin < p.m; begin += kBlockRows) {
-    const size_t end = p.m - begin < kBlockRows ? p.m : begin + kBlockRows, rows = end - begin;
+  const size_t depth = depth_of(p.k), rows_at_once = even_part(p.m, kBlockRows);
+  for (size_t begin = 0; begin < p.m; begin += rows_at_once) {
+    const size_t end = p.m - begin < rows_at_once ? p.m : begin + rows_at_once, rows = end - begin;
     for (size_t first = 0;;) {
       const size_t steps = p.k - first < depth ? p.k - first : depth;
       const float* const from = p.a + begin * p.a_row + first * p.a_step;

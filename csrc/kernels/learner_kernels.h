@@ -27,8 +27,8 @@ constexpr size_t padded_pitch(size_t n) {
 }
 
 // c[i, j] = f(sum over l of a(i, l) * b[l, j]), i < m, j < n, l < k, with a(i, l) = a[i * a_row + l * a_step]. On one
-// ISA, an element is the same to the last bit however c is divided into products by rows or columns. Fastest where b
-// and c lie on cache lines at padded_pitch.
+// ISA, an element is the same to the last bit however c is divided into products by rows or columns, except into single
+// rows where b is turned. Fastest where b and c lie on cache lines at padded_pitch.
 template <typename T>
 struct Product {
   const T* a;

@@ -16,10 +16,15 @@ constexpr size_t kRowVectors = 8;    // of a tile of one row
 constexpr size_t kDepth = 256;       // most steps of one piece
 constexpr size_t kRowsAtOnce = 504;  // rows of a that pass by each panel of b
 
-// Steps of all pieces but the last: about equal ones, whole cache lines.
+// The size of parts, at most `most`, into which a total divides most evenly.
+inline size_t even_part(size_t total, size_t most) {
+  const size_t parts = total <= most ? 1 : (total + most - 1) / most;
+  return (total + parts - 1) / parts;
+}
+
+// Steps of all pieces but the last: whole cache lines.
 inline size_t depth_of(size_t k) {
-  const size_t pieces = k <= kDepth ? 1 : (k + kDepth - 1) / kDepth, even = (k + pieces - 1) / pieces;
-  return (even + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
+  return (even_part(k, kDepth) + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
 }
 
 // Some rows of c, to be added up over some steps. Factors are numbers, or what Vector<Factor> makes of them.
@@ -202,15 +207,50 @@ inline void transpose_block(const T* in, size_t in_row, size_t rows, T* out, siz
   for (size_t i = 0; i < kWidth; ++i) V::store(out + i * out_row, now[i]);
 }
 
+// One row of c from a dense row of a and a turned b: vectors of steps are summed up for as many columns as a vector has
+// lanes, then a transpose adds up the lanes of each sum.
+template <typename T>
+inline void dots(const Product<T>& p) {
+  using V = Vector<T>;
+  constexpr size_t kWidth = V::kWidth;
+  for (size_t j = 0; j < p.n; j += kWidth) {
+    const size_t columns = p.n - j < kWidth ? p.n - j : kWidth;
+    const T* rows[kWidth];
+#pragma GCC unroll 16
+    for (size_t r = 0; r < kWidth; ++r) rows[r] = p.b + (j + (r < columns ? r : columns - 1)) * p.b_row;
+    typename V::Type sums[kWidth];
+#pragma GCC unroll 16
+    for (size_t r = 0; r < kWidth; ++r) sums[r] = V::zero();
+    for (size_t l = 0; l < p.k; l += kWidth) {
+      const typename V::Type a = p.k - l >= kWidth ? V::load(p.a + l) : V::load_some(p.a + l, p.k - l);
+#pragma GCC unroll 16
+      for (size_t r = 0; r < kWidth; ++r) sums[r] = V::multiply_add(a, V::load(rows[r] + l), sums[r]);
+    }
+    alignas(64) T lanes[kWidth * kWidth];
+#pragma GCC unroll 16
+    for (size_t r = 0; r < kWidth; ++r) V::store(lanes + r * kWidth, sums[r]);
+    transpose_block<T>(lanes, kWidth, kWidth, lanes, kWidth);
+    typename V::Type total = p.bias != nullptr ? V::all(p.bias) : V::zero();
+    for (size_t lane = 0; lane < kWidth; ++lane) total = V::add(total, V::load(lanes + lane * kWidth));
+    if (p.relu) total = V::relu(total);
+    if (p.gate != nullptr) total = V::gated(total, V::load(p.gate + j));
+    V::store_some(p.c + j, total, columns);
+  }
+}
+
 template <typename T>
 void product(const Product<T>& p) {
   constexpr size_t kWidth = Vector<T>::kWidth;
   constexpr size_t kPanelVectors = kTileVectors < 3 ? 3 : kTileVectors;
   alignas(64) T turned[kDepth * kPanelVectors * kWidth];
   if (p.m == 0 || p.n == 0) return;
-  const size_t depth = depth_of(p.k);
-  for (size_t begin = 0; begin < p.m; begin += kRowsAtOnce) {
-    const size_t end = p.m - begin < kRowsAtOnce ? p.m : begin + kRowsAtOnce;
+  if (p.m == 1 && p.b_turned && (p.a_step == 1 || p.k == 1)) {
+    dots(p);
+    return;
+  }
+  const size_t depth = depth_of(p.k), rows_at_once = even_part(p.m, kRowsAtOnce);
+  for (size_t begin = 0; begin < p.m; begin += rows_at_once) {
+    const size_t end = p.m - begin < rows_at_once ? p.m : begin + rows_at_once;
     for (size_t first = 0;;) {
       const size_t steps = p.k - first < depth ? p.k - first : depth;
       const Piece<T> piece = {p.a + begin * p.a_row + first * p.a_step,
