@@ -25,17 +25,20 @@ from angle_rl.types import RandomKey
 
 AGENTS = {"sac": SAC, "td3": TD3, "ddpg": DDPG, "dqn": DQN}
 LOW, HIGH = np.array([-1.0, 0.0, -3.0], np.float32), np.array([1.0, 10.0, -1.0], np.float32)
+PRECISIONS = ("float32", "bfloat16")
 NETWORKS = ("policy", "target_policy", "critics", "target_critics")
 
 
 class Learner:
     """An agent with random rows in its replay."""
 
-    def __init__(self, name, *, seed=0, rows=300, width=5, threads=1, engine="torch", **hyperparameters):
+    def __init__(
+        self, name, *, seed=0, rows=300, width=5, threads=1, engine="torch", precision="float32", **hyperparameters
+    ):
         options = {"hidden_sizes": (24, 16), "batch_size": 40, "replay_capacity": 512} | hyperparameters
         config = AgentConfig(
             hyperparameters=Hyperparameters(agent=name, **options),
-            training=Training(engine=engine, learner_threads=threads),
+            training=Training(engine=engine, learner_threads=threads, precision=precision),
         )
         self.discrete, self.threads = name == "dqn", threads
         actions = spaces.Discrete(4, start=2) if self.discrete else spaces.Box(LOW, HIGH)
@@ -278,6 +281,20 @@ def test_several_updates_in_one_call_equal_one_after_the_other(name):
     ours, theirs = one.tensors(), many.tensors()
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
     assert np.array_equal(one.priorities(), many.priorities())
+
+
+@pytest.mark.skipif(not _core.has_bfloat16(), reason="this CPU has no bfloat16 products")
+@pytest.mark.parametrize("name", AGENTS)
+def test_bfloat16_products_are_near(name):
+    """Factors have 8 bits: parameters after an update are near, and not equal."""
+    exact, rounded = (Learner(name, engine="native", hidden_sizes=(64, 64), precision=p) for p in PRECISIONS)
+    assert "bfloat16" in rounded.state.engine.why
+    for index in range(10):
+        first, second = exact.update(index), rounded.update(index)
+        torch.testing.assert_close(second.q, first.q, rtol=0.05, atol=0.02)
+    assert not torch.equal(first.q, second.q)
+    assert rounded.state.critics.state_dict().keys() == exact.state.critics.state_dict().keys()
+    assert all(parameter.dtype == torch.float32 for parameter in rounded.state.critics.parameters())
 
 
 # Torch's tensors stay torch's ---------------------------------------------------------------------------------

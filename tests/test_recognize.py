@@ -401,6 +401,19 @@ def test_agents_ask_for_the_engine_of_their_config(kind):
     assert isinstance(state.engine, NativeEngine)
 
 
+def test_bfloat16_asks_for_a_cpu_that_has_it(monkeypatch):
+    spec, update, _ = asked()
+    monkeypatch.setattr(_core, "has_bfloat16", lambda: False)
+    with pytest.raises(ValueError, match="has no bfloat16 products"):
+        make_engine(spec, update, "native", precision="bfloat16")
+    assert isinstance(make_engine(spec, update, precision="bfloat16"), TorchEngine)
+    monkeypatch.setattr(_core, "has_bfloat16", lambda: True)
+    for network in (update.critics, update.target_critics, update.policy):
+        network.double()
+    with pytest.raises(ValueError, match=r"torch\.float64 are not computed in bfloat16"):
+        make_engine(spec, update, "native", precision="bfloat16")
+
+
 def test_a_precision_that_the_torch_engine_lacks_is_refused():
     with pytest.raises(ValueError, match=r"precision is 'bfloat16' and engine 'torch'"):
         Training(engine="torch", precision="bfloat16")

@@ -58,6 +58,7 @@ LearnerOptions options_from(const py::dict& given) {
   options.huber_delta = option<double>(given, "huber_delta");
   options.max_gradient_norm = option<double>(given, "max_gradient_norm");
   options.threads = option<size_t>(given, "threads");
+  options.bfloat16 = option<bool>(given, "bfloat16");
   if (options.next_value == NextValue::kDouble || options.next_value == NextValue::kMaximum) {
     options.first_action = option<int64_t>(given, "first_action");
     options.critics = 1;
@@ -214,6 +215,9 @@ class PyLearner {
 }  // namespace
 
 void bind_learner(py::module_& m) {
+  m.def(
+      "has_bfloat16", [] { return bfloat16_product() != nullptr; },
+      "Whether the learner can multiply bfloat16 numbers on this CPU, with the instruction set in use.");
   py::class_<PyLearner>(m, "Learner")
       .def(py::init<py::handle, bool, const Options&, const std::vector<int>&>(), py::arg("replay"),
            py::arg("is_double"), py::arg("options"), py::arg("kinds"))

@@ -14,8 +14,7 @@ class ActionValues final : public Phases<T> {
   using Base = Phases<T>;
   using Base::add_loss, Base::alone, Base::batch, Base::by_columns, Base::critic_rows, Base::descend, Base::draw,
       Base::fail, Base::mean_loss, Base::move_targets, Base::optimizers, Base::options, Base::outcome, Base::q_out,
-      Base::read_columns, Base::read_rows, Base::space, Base::td_error_out, Base::team, Base::told,
-      Base::write_priorities;
+      Base::read_columns, Base::space, Base::td_error_out, Base::team, Base::told, Base::write_priorities;
 
  public:
   ActionValues(std::shared_ptr<Replay> the_replay, const LearnerOptions& the_options)
@@ -26,6 +25,7 @@ class ActionValues final : public Phases<T> {
       for (std::vector<Ensemble<T>>* ensembles : {&online, &target}) {
         Ensemble<T> network;
         network.shape = shape;
+        network.product = this->product();
         ensembles->push_back(network);
       }
     }
@@ -42,8 +42,9 @@ class ActionValues final : public Phases<T> {
     by_columns(t, [&](Columns at) { columns(at, t); });
     team.meet();
     for (size_t i = 0; i < online.size(); ++i) {
-      const bool head = i > 0 && online[0].shape.layers() > 0;
-      optimizers[i].collect(online[i].shape, tapes[i], head ? trunk_rows : inputs, options.batch, t);
+      const bool behind_trunk = i > 0 && online[kTrunk].shape.layers() > 0;
+      optimizers[i].collect(online[i], tapes[i], behind_trunk ? tapes[kTrunk][0].layers.back().out : x, options.batch,
+                            t);
     }
     team.meet();
     const double loss = mean_loss(0);
@@ -85,7 +86,6 @@ class ActionValues final : public Phases<T> {
   void lay_out(Workspace& s) {
     const size_t batch_size = options.batch;
     this->lay_out_shared(s);
-    inputs = s.matrix<T>(batch_size, options.observation_dim);
     x = s.matrix<T>(options.observation_dim, batch_size);
     next_x = s.matrix<T>(options.observation_dim, batch_size);
     tapes.resize(online.size());
@@ -93,12 +93,11 @@ class ActionValues final : public Phases<T> {
     optimizers.resize(online.size());
     for (size_t i = 0; i < online.size(); ++i) {
       tapes[i].resize(1);
-      tapes[i][0].lay_out(s, online[i].shape, batch_size, true, true);
-      scratch[i].lay_out(s, online[i].shape, batch_size, false, false);
+      tapes[i][0].lay_out(s, online[i].shape, batch_size, true);
+      scratch[i].lay_out(s, online[i].shape, batch_size, false);
       optimizers[i].lay_out(s, online[i].shape, 1, options.threads);
     }
     if (dueling) {
-      trunk_rows = s.matrix<T>(batch_size, online[kTrunk].shape.sizes.back());
       trunk_gradient = s.matrix<T>(online[kTrunk].shape.sizes.back(), batch_size);
     }
     values = s.matrix<T>(actions, batch_size);
@@ -110,18 +109,14 @@ class ActionValues final : public Phases<T> {
   // The values of all actions at `from` into `to`, [actions, batch]. keep: for the way back, on `tapes`.
   void value(const std::vector<Ensemble<T>>& networks, Matrix<T> from, Matrix<T> to, Columns at, bool keep) {
     const auto tape = [&](size_t i) -> Tape<T>& { return keep ? tapes[i][0] : scratch[i]; };
-    forward(networks[0], 0, from, tape(0), at, keep);
+    forward(networks[0], 0, from, tape(0), at);
     if (!dueling) {
       copy(tape(0).layers.back().out, to, actions, at);
       return;
     }
     const bool has_trunk = networks[kTrunk].shape.layers() > 0;
     const Matrix<T> hidden = has_trunk ? tape(kTrunk).layers.back().out : from;
-    if (keep && has_trunk) {
-      learner_kernels<T>().transpose(hidden.at(0, at.first), hidden.row, trunk_rows.at(at.first), trunk_rows.row,
-                                     networks[kTrunk].shape.sizes.back(), at.n);
-    }
-    for (size_t i : {kAdvantages, kValue}) forward(networks[i], 0, hidden, tape(i), at, keep);
+    for (size_t i : {kAdvantages, kValue}) forward(networks[i], 0, hidden, tape(i), at);
     const Matrix<T> advantages = tape(kAdvantages).layers.back().out, value = tape(kValue).layers.back().out;
     for (size_t j = at.first; j < at.first + at.n; ++j) {
       T sum = T(0);
@@ -148,7 +143,6 @@ class ActionValues final : public Phases<T> {
     const size_t n = at.n, end = at.first + at.n;
     read_columns(*batch, 0, options.observation_dim, at, x);
     read_columns(*batch, 3, options.observation_dim, at, next_x);
-    read_rows(*batch, 0, options.observation_dim, at, inputs);
     const auto* const chosen = reinterpret_cast<const int64_t*>(batch->tensors[1]);
     for (size_t j = at.first; j < end; ++j) taken[j] = static_cast<uint32_t>(chosen[j] - options.first_action);
 
@@ -208,7 +202,6 @@ class ActionValues final : public Phases<T> {
   std::vector<Ensemble<T>> online, target;           // as options.networks
   std::vector<std::vector<Tape<T>>> tapes;           // one of each network's only member
   std::vector<Tape<T>> scratch;                      // for values whose gradients nobody asks for
-  Matrix<T> inputs, trunk_rows;                      // [batch, observation_dim], [batch, the trunk's outputs]
   Matrix<T> x, next_x;                               // [observation_dim, batch]
   Matrix<T> values, target_values;                   // [actions, batch]
   Matrix<T> trunk_gradient;                          // [the trunk's outputs, batch]

@@ -16,8 +16,7 @@ class ActorCritic final : public Phases<T> {
   using Base::add_loss, Base::alone, Base::batch, Base::by_columns, Base::critic_rows, Base::descend, Base::draw,
       Base::entropy_coefficient, Base::fail, Base::kChunk, Base::log_prob_out, Base::mean_loss, Base::move_targets,
       Base::optimizers, Base::options, Base::outcome, Base::policy_batch, Base::policy_rows, Base::q_out,
-      Base::read_columns, Base::read_rows, Base::space, Base::td_error_out, Base::team, Base::told,
-      Base::write_priorities;
+      Base::read_columns, Base::space, Base::td_error_out, Base::team, Base::told, Base::write_priorities;
   using typename Base::Rows;
 
  public:
@@ -27,6 +26,7 @@ class ActorCritic final : public Phases<T> {
     policy.shape = options.networks[0];
     critics.shape = options.networks[1];
     critics.members = options.critics;
+    policy.product = critics.product = this->product();
     target_policy = policy;
     target_critics = critics;
     chosen.resize(options.critics);
@@ -48,7 +48,7 @@ class ActorCritic final : public Phases<T> {
     if (!sampled) return false;
     by_columns(t, [&](Columns at) { critic_columns(at, t); });
     team.meet();
-    optimizers[kCritics].collect(critics.shape, critic_tapes, critic_inputs, options.batch, t);
+    optimizers[kCritics].collect(critics, critic_tapes, x, options.batch, t);
     team.meet();
     const double loss = mean_loss(0);
     if (t == 0) outcome.critic_loss = loss;
@@ -65,8 +65,7 @@ class ActorCritic final : public Phases<T> {
       if (!ready) return false;
       by_columns(t, [&](Columns at) { policy_columns(at, t); });
       team.meet();
-      optimizers[kPolicy].collect(policy.shape, policy_tapes,
-                                  options.fresh_policy_batch ? policy_inputs : critic_inputs, options.batch, t);
+      optimizers[kPolicy].collect(policy, policy_tapes, x, options.batch, t);
       team.meet();
       const double policy_loss = mean_loss(1);
       if (t == 0) {
@@ -119,17 +118,15 @@ class ActorCritic final : public Phases<T> {
   void lay_out(Workspace& s) {
     const size_t batch_size = options.batch, actions = options.action_dim, inputs = options.observation_dim + actions;
     this->lay_out_shared(s);
-    critic_inputs = s.matrix<T>(batch_size, inputs);
-    if (options.fresh_policy_batch) policy_inputs = s.matrix<T>(batch_size, options.observation_dim);
     x = s.matrix<T>(inputs, batch_size);
     next_x = s.matrix<T>(inputs, batch_size);
-    next_policy_tape.lay_out(s, policy.shape, batch_size, false, false);
-    target_tape.lay_out(s, critics.shape, batch_size, false, false);
+    next_policy_tape.lay_out(s, policy.shape, batch_size, false);
+    target_tape.lay_out(s, critics.shape, batch_size, false);
     policy_tapes.resize(1);
-    policy_tapes[0].lay_out(s, policy.shape, batch_size, true, true);
+    policy_tapes[0].lay_out(s, policy.shape, batch_size, true);
     critic_tapes.resize(options.critics);
-    for (Tape<T>& tape : critic_tapes) tape.lay_out(s, critics.shape, batch_size, true, true);
-    if (critics.shape.plain_relu()) least_tape.lay_out(s, critics.shape, batch_size, true, false);
+    for (Tape<T>& tape : critic_tapes) tape.lay_out(s, critics.shape, batch_size, true);
+    if (critics.shape.plain_relu()) least_tape.lay_out(s, critics.shape, batch_size, true);
     for (T** vector : {&td_target, &next_log_prob, &log_prob}) *vector = s.take<T>(batch_size);
     for (T** vector : {&next_noise, &noise}) *vector = s.take<T>(batch_size * actions);
     for (T** matrix : {&next_q, &q, &q_gradient}) *matrix = s.take<T>(options.critics * batch_size);
@@ -209,7 +206,7 @@ class ActorCritic final : public Phases<T> {
   void choose_next_actions(Columns at) {
     const bool soft = options.next_value == NextValue::kSoft;
     const Ensemble<T>& actor = options.target_policy ? target_policy : policy;
-    forward(actor, 0, next_x, next_policy_tape, at, false);
+    forward(actor, 0, next_x, next_policy_tape, at);
     if (soft) {
       learner_kernels<T>().gaussian_columns(
           gaussian(next_policy_tape, next_noise, next_actions, next_spread, next_log_prob, at));
@@ -239,13 +236,11 @@ class ActorCritic final : public Phases<T> {
     read_columns(*batch, 0, observation, at, x);
     read_columns(*batch, 1, options.action_dim, at, taken);
     read_columns(*batch, 3, observation, at, next_x);
-    read_rows(*batch, 0, observation, at, critic_inputs);
-    read_rows(*batch, 1, options.action_dim, at, critic_inputs.columns_from(observation));
 
     choose_next_actions(at);
     T* const next = next_q + options.critics * at.first;  // [chosen, n], this chunk's own
     for (size_t c = 0; c < chosen_count; ++c) {
-      forward(target_critics, chosen[c], next_x, target_tape, at, false);
+      forward(target_critics, chosen[c], next_x, target_tape, at);
       const T* const values = target_tape.layers.back().out.at(0, at.first);
       std::copy(values, values + n, next + c * n);
     }
@@ -257,7 +252,7 @@ class ActorCritic final : public Phases<T> {
     T* const own_q = q + options.critics * at.first;  // [critics, n]
     T* const by_q = q_gradient + options.critics * at.first;
     for (size_t k = 0; k < options.critics; ++k) {
-      forward(critics, k, x, critic_tapes[k], at, true);
+      forward(critics, k, x, critic_tapes[k], at);
       const T* const values = critic_tapes[k].layers.back().out.at(0, at.first);
       std::copy(values, values + n, own_q + k * n);
       std::copy(values, values + n, q_out + k * options.batch + at.first);
@@ -282,10 +277,9 @@ class ActorCritic final : public Phases<T> {
     const BatchPlaces& from = options.fresh_policy_batch ? *policy_batch : *batch;
     if (options.fresh_policy_batch) {
       read_columns(from, 0, observation, at, x);
-      read_rows(from, 0, observation, at, policy_inputs);
     }
     Tape<T>& tape = policy_tapes[0];
-    forward(policy, 0, x, tape, at, true);
+    forward(policy, 0, x, tape, at);
     if (soft) {
       learner_kernels<T>().gaussian_columns(gaussian(tape, noise, actions_taken, spread, log_prob, at));
       std::copy(log_prob + at.first, log_prob + at.first + n, log_prob_out + at.first);
@@ -295,7 +289,7 @@ class ActorCritic final : public Phases<T> {
     scale_actions(actions_taken, {x.at(observation), x.row}, at);
 
     const size_t valued = soft ? options.critics : 1;  // deterministic policies climb the first critic
-    for (size_t k = 0; k < valued; ++k) forward(critics, k, x, critic_tapes[k], at, false);
+    for (size_t k = 0; k < valued; ++k) forward(critics, k, x, critic_tapes[k], at);
     double sum = 0.0;
     for (size_t j = at.first; j < at.first + n; ++j) {
       uint32_t smallest = 0;
@@ -407,8 +401,7 @@ class ActorCritic final : public Phases<T> {
   double* shares;  // [critics], uniforms
 
   Ensemble<T> policy, critics, target_policy, target_critics;
-  Matrix<T> critic_inputs, policy_inputs;  // [batch, observation_dim + action_dim], [batch, observation_dim]
-  Matrix<T> x, next_x;                     // [observation_dim + action_dim, batch]
+  Matrix<T> x, next_x;  // [observation_dim + action_dim, batch]
   Tape<T> next_policy_tape, target_tape, least_tape;
   std::vector<Tape<T>> policy_tapes, critic_tapes;
   T *td_target, *next_log_prob, *log_prob;  // [batch]

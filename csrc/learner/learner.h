@@ -29,6 +29,7 @@ struct LearnerOptions {
   double huber_delta = 0.0;        // <= 0: squared error
   double max_gradient_norm = 0.0;  // <= 0: no clipping
   size_t threads = 1;
+  bool bfloat16 = false;  // float32 only: products of factors rounded to bfloat16, summed in float32
 
   // Actor-critics only
   size_t action_dim = 1, critics = 2;

@@ -51,6 +51,7 @@ struct Ensemble {
   NetworkShape shape;
   size_t members = 1;
   std::vector<LayerTensors<T>> layers;
+  void (*product)(const Product<T>&) = learner_kernels<T>().product;
 
   LayerTensors<T> member(size_t layer, size_t k) const {
     const LayerTensors<T>& all = layers[layer];
@@ -71,12 +72,11 @@ struct Tape {
     T* inverse = nullptr;  // [batch]
     Matrix<T> delta;       // [outputs, batch], the loss's gradient by the linear layer's outputs
     Matrix<T> norm_delta;  // by layer norm's outputs
-    Matrix<T> in_rows;     // [batch, inputs]: the layer's inputs, row by row
   };
   std::vector<Layer> layers;
 
-  // training: whether the parameters' gradients will be asked for. backward: whether any gradient will be.
-  void lay_out(Workspace& space, const NetworkShape& shape, size_t batch, bool backward, bool training) {
+  // backward: whether gradients will be asked for.
+  void lay_out(Workspace& space, const NetworkShape& shape, size_t batch, bool backward) {
     layers.resize(shape.layers());
     for (size_t l = 0; l < shape.layers(); ++l) {
       Layer& layer = layers[l];
@@ -91,7 +91,6 @@ struct Tape {
         }
       }
       if (backward) layer.delta = space.matrix<T>(outputs, batch);
-      if (training && l > 0) layer.in_rows = space.matrix<T>(batch, shape.inputs(l));
     }
   }
 };
@@ -101,9 +100,9 @@ struct Columns {
   size_t first, n;
 };
 
-// Evaluates member k at x, [inputs, batch]; the outputs are the last layer's `out`. keep: writes in_rows.
+// Evaluates member k at x, [inputs, batch]; the outputs are the last layer's `out`.
 template <class T>
-void forward(const Ensemble<T>& net, size_t k, Matrix<T> x, Tape<T>& tape, Columns at, bool keep) {
+void forward(const Ensemble<T>& net, size_t k, Matrix<T> x, Tape<T>& tape, Columns at) {
   const LearnerKernelsOf<T>& kernel = learner_kernels<T>();
   const NetworkShape& shape = net.shape;
   for (size_t l = 0; l < shape.layers(); ++l) {
@@ -112,14 +111,20 @@ void forward(const Ensemble<T>& net, size_t k, Matrix<T> x, Tape<T>& tape, Colum
     const bool bends = shape.hidden(l) && !shape.plain_relu();
     const Matrix<T> linear = bends ? layer.before : layer.out;
     const size_t outputs = shape.outputs(l), inputs = shape.inputs(l);
-    Product<T> product{own.weight, inputs, 1,     x.at(0, at.first), x.row, linear.at(0, at.first), linear.row,
-                       outputs,    at.n,   inputs};
+    Product<T> product{};
+    product.a = own.weight;
+    product.a_row = inputs;
+    product.a_step = 1;
+    product.b = x.at(0, at.first);
+    product.b_row = x.row;
+    product.c = linear.at(0, at.first);
+    product.c_row = linear.row;
+    product.m = outputs;
+    product.n = at.n;
+    product.k = inputs;
     product.bias = own.bias;
     product.relu = shape.hidden(l) && !bends;
-    kernel.product(product);
-    if (keep && l > 0) {
-      kernel.transpose(x.at(0, at.first), x.row, layer.in_rows.at(at.first), layer.in_rows.row, inputs, at.n);
-    }
+    net.product(product);
     if (bends) {
       if (shape.layer_norm) {
         kernel.layer_norm({linear.at(0, at.first), linear.row, own.scale, own.shift, shape.norm_epsilon,
@@ -164,34 +169,47 @@ void backward(const Ensemble<T>& net, size_t k, Tape<T>& tape, Columns at, Matri
     const bool first = l == 0;
     if (first && x_gradient.data == nullptr) break;
     const Matrix<T> to = first ? x_gradient : tape.layers[l - 1].delta;
-    Product<T> product{own.weight + (first ? first_input : 0),
-                       1,
-                       inputs,
-                       layer.delta.at(0, at.first),
-                       layer.delta.row,
-                       to.at(0, at.first),
-                       to.row,
-                       first ? rows : inputs,
-                       at.n,
-                       outputs};
+    Product<T> product{};
+    product.a = own.weight + (first ? first_input : 0);
+    product.a_row = 1;
+    product.a_step = inputs;
+    product.b = layer.delta.at(0, at.first);
+    product.b_row = layer.delta.row;
+    product.c = to.at(0, at.first);
+    product.c_row = to.row;
+    product.m = first ? rows : inputs;
+    product.n = at.n;
+    product.k = outputs;
     if (!first && shape.plain_relu()) {
       product.gate = tape.layers[l - 1].out.at(0, at.first);
       product.gate_row = tape.layers[l - 1].out.row;
     }
-    kernel.product(product);
+    net.product(product);
   }
 }
 
-// Gradients of outputs [first, first + rows) of layer l of a member, over the whole batch, from its deltas. in_rows:
-// [batch, inputs]. Each gradient is the layer's as a whole; scale and shift may be nullptr.
+// Gradients of outputs [first, first + rows) of layer l of a member, over the whole batch, from its deltas. x: the
+// network's inputs, [inputs, batch]. Each gradient is the layer's as a whole; scale and shift may be nullptr.
 template <class T>
-void parameter_gradients(const NetworkShape& shape, size_t l, const Tape<T>& tape, Matrix<T> in_rows, size_t batch,
-                         size_t first, size_t rows, const LayerTensors<T>& gradient) {
+void parameter_gradients(const Ensemble<T>& net, size_t l, const Tape<T>& tape, Matrix<T> x, size_t batch, size_t first,
+                         size_t rows, const LayerTensors<T>& gradient) {
   const LearnerKernelsOf<T>& kernel = learner_kernels<T>();
   const typename Tape<T>::Layer& layer = tape.layers[l];
-  const size_t inputs = shape.inputs(l);
-  kernel.product({layer.delta.at(first), layer.delta.row, 1, in_rows.data, in_rows.row,
-                  gradient.weight + first * inputs, inputs, rows, inputs, batch});
+  const size_t inputs = net.shape.inputs(l);
+  const Matrix<T> in = l == 0 ? x : tape.layers[l - 1].out;
+  Product<T> product{};
+  product.a = layer.delta.at(first);
+  product.a_row = layer.delta.row;
+  product.a_step = 1;
+  product.b = in.data;
+  product.b_row = in.row;
+  product.b_turned = true;
+  product.c = gradient.weight + first * inputs;
+  product.c_row = inputs;
+  product.m = rows;
+  product.n = inputs;
+  product.k = batch;
+  net.product(product);
   kernel.row_sums(layer.delta.at(first), layer.delta.row, gradient.bias + first, rows, batch);
   if (gradient.scale == nullptr) return;
   kernel.row_sums(layer.norm_delta.at(first), layer.norm_delta.row, gradient.shift + first, rows, batch);

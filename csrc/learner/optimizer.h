@@ -67,24 +67,23 @@ class Optimizer {
   // The rows of a tensor that thread t takes.
   Columns rows_of(size_t rows, size_t t) const { return share_of(rows, t, threads_, 8); }
 
-  // The gradients of the rows that thread t takes, and the sum of their squares. tapes: one for each member. in_rows:
-  // the first layer's inputs, [batch, inputs].
-  void collect(const NetworkShape& shape, const std::vector<Tape<T>>& tapes, Matrix<T> in_rows, size_t batch,
-               size_t t) {
-    for (size_t l = 0; l < shape.layers(); ++l) {
-      const size_t outputs = shape.outputs(l);
-      const Columns mine = rows_of(tapes.size() * outputs, t);
+  // The gradients of the rows that thread t takes, and the sum of their squares. tapes: one for each member. x: the
+  // networks' inputs, [inputs, batch].
+  void collect(const Ensemble<T>& net, const std::vector<Tape<T>>& tapes, Matrix<T> x, size_t batch, size_t t) {
+    for (size_t l = 0; l < net.shape.layers(); ++l) {
+      const size_t outputs = net.shape.outputs(l);
+      const Columns mine = rows_of(net.members * outputs, t);
       for (size_t row = mine.first; row < mine.first + mine.n;) {
         const size_t k = row / outputs, first = row - k * outputs;
         const size_t n = std::min(outputs - first, mine.first + mine.n - row);
         LayerTensors<T> own = gradients_[l];
-        own.weight += k * outputs * shape.inputs(l);
+        own.weight += k * outputs * net.shape.inputs(l);
         own.bias += k * outputs;
         if (own.scale != nullptr) {
           own.scale += k * outputs;
           own.shift += k * outputs;
         }
-        parameter_gradients(shape, l, tapes[k], l == 0 ? in_rows : tapes[k].layers[l].in_rows, batch, first, n, own);
+        parameter_gradients(net, l, tapes[k], x, batch, first, n, own);
         row += n;
       }
     }

@@ -95,6 +95,15 @@ class Phases : public Learner<T> {
     sums = s.take<double>(2 * kApart * options.threads);
   }
 
+  // How networks multiply. Throws std::invalid_argument where bfloat16 is asked for and cannot be had.
+  auto product() const -> void (*)(const Product<T>&) {
+    if (!options.bfloat16) return learner_kernels<T>().product;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (bfloat16_product() != nullptr) return bfloat16_product();
+    }
+    throw std::invalid_argument("there are no bfloat16 products of these numbers on this CPU");
+  }
+
   // What only one thread does, while the others wait. False, for all, where it threw.
   template <class Serial>
   bool alone(size_t t, const Serial& serial) {
@@ -178,17 +187,6 @@ class Phases : public Learner<T> {
       read(from, field, j * width, width, [&](size_t i, double value) { *to.at(i, j) = static_cast<T>(value); });
     }
   }
-  static void read_rows(const BatchPlaces& from, size_t field, size_t width, Columns at, Matrix<T> to) {
-    for (size_t j = at.first; j < at.first + at.n; ++j) {
-      if (sizeof(T) == sizeof(float) && from.kinds[field] == FieldKind::kFloat) {
-        const T* const row = reinterpret_cast<const T*>(from.tensors[field]) + j * width;
-        std::copy(row, row + width, to.at(j));
-      } else {
-        read(from, field, j * width, width, [&](size_t i, double value) { *to.at(j, i) = static_cast<T>(value); });
-      }
-    }
-  }
-
   // --- Phases by columns ---
 
   template <class Work>

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from angle_rl.engines.base import Bounds, Engine, NextValues, PolicyLoss, Update, UpdateResult
 from angle_rl.engines.native import NativeEngine
-from angle_rl.engines.recognize import native_refusal
+from angle_rl.engines.recognize import bfloat16_refusal, native_refusal
 from angle_rl.engines.torch import TorchEngine
 from angle_rl.types import UpdateSpec
 
@@ -39,10 +39,10 @@ def make_engine(
     if requested == "torch":
         return TorchEngine(spec, update, why="as configured")
     refusal = native_refusal(spec, update)
-    if precision != "float32" and refusal is None:
-        refusal = f"it does not compute in {precision}"
+    if precision == "bfloat16" and refusal is None:
+        refusal = bfloat16_refusal(update)
     if refusal is None:
-        return NativeEngine(spec, update, learner_threads, why=requested)
+        return NativeEngine(spec, update, learner_threads, precision=precision, why=requested)
     if requested == "native":
         raise ValueError(f"engine is 'native', which does not take this update: {refusal}; 'torch' takes any")
     return TorchEngine(spec, update, why=f"auto: not native, since {refusal}")

@@ -39,12 +39,22 @@ class NativeEngine:
 
     name = "native"
 
-    def __init__(self, spec: UpdateSpec, update: Update, threads: int | None = None, *, why: str = "native") -> None:
+    def __init__(
+        self,
+        spec: UpdateSpec,
+        update: Update,
+        threads: int | None = None,
+        *,
+        precision: str = "float32",
+        why: str = "native",
+    ) -> None:
         self._spec = spec
         self._update = update
         self.threads = usable_threads() if threads is None else threads
         reason = "auto: our own networks on a CPU" if why == "auto" else "as configured"
-        self.why = f"{reason}; {_core.isa()}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        in_bfloat16 = ", bfloat16" if precision == "bfloat16" else ""
+        self.why = f"{reason}; {_core.isa()}{in_bfloat16}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        self._precision = precision
         self._networks = networks_of(update)
         self._pairs = [
             (parameter, target, network.optimizer)
@@ -161,6 +171,7 @@ class NativeEngine:
             "huber_delta": spec.huber_delta or 0.0,
             "max_gradient_norm": spec.max_gradient_norm or 0.0,
             "threads": self.threads,
+            "bfloat16": self._precision == "bfloat16",
         }
         critics = 1
         if update.first_action is not None:

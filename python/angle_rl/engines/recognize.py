@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_modules
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import optimizer as torch_optimizers
 
+from angle_rl import _core
 from angle_rl.encoders import ObservationEncoder, VectorEncoder
 from angle_rl.engines.base import Update
 from angle_rl.models import LAYER_NORM_EPSILON, DeterministicPolicy, QNetwork, SquashedGaussianPolicy, TwinQ
@@ -65,6 +66,14 @@ def native_refusal(spec: UpdateSpec, update: Update) -> str | None:
     except _RefusalError as refusal:
         return str(refusal)
     return None
+
+
+def bfloat16_refusal(update: Update) -> str | None:
+    """Why the native engine cannot compute this update with bfloat16 products; None where it can."""
+    if not _core.has_bfloat16():
+        return f"this CPU, or {_core.isa()}, has no bfloat16 products"
+    dtype = next(update.critics.parameters()).dtype
+    return None if dtype == torch.float32 else f"networks of {dtype} are not computed in bfloat16"
 
 
 def hidden_layers(body: nn.Module) -> list[Hidden] | None:
