@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
-from typing import Any
 
 from angle_rl.bench.timing import Clock
+from angle_rl.bench.worker_process import WorkerProcess
 
 OPERATIONS = ("insert", "insert_batch", "sample", "update", "cycle", "uniform_sample")
 WORKER = Path(__file__).with_name("flashbax_worker.py")
@@ -22,53 +19,21 @@ class Flashbax:
 
     def __init__(self, python: str, capacity: int, batch: int) -> None:
         """Starts ``python``, fills and checks; RuntimeError saying why when that interpreter cannot."""
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        self.worker = WorkerProcess(python, WORKER)
         try:
-            self.process = subprocess.Popen(
-                [python, str(WORKER)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                env=environment,
-            )
-        except OSError as failure:
-            raise RuntimeError(f"{python} does not start: {failure}") from failure
-        try:
-            self.versions = self._ask({"make": capacity, "batch": batch})
+            self.versions = self.worker.ask({"make": capacity, "batch": batch})
         except RuntimeError:
             self.close()
             raise
-
-    def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps(command) + "\n")
-            self.process.stdin.flush()
-        except OSError as failure:
-            raise RuntimeError(f"its process ended: {failure}") from failure
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("its process ended without an answer")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
 
     def clock(self, operation: str) -> Clock:
         """The clock of one of OPERATIONS."""
 
         def run(iterations: int) -> float:
-            return float(self._ask({"run": operation, "iterations": iterations})["seconds"])
+            return float(self.worker.ask({"run": operation, "iterations": iterations})["seconds"])
 
         return run
 
     def close(self) -> None:
         """Ends the process."""
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        self.process.terminate()
-        self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        self.worker.close()
