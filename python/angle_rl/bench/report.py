@@ -16,7 +16,14 @@ import torch
 
 from angle_rl import __version__, _core
 
-OURS = ("angle", "angle-shared", "angle-plain", "angle-torch", "angle-native")  # names of our own libraries in a table
+OURS = (  # names of our own libraries in a table
+    "angle",
+    "angle-shared",
+    "angle-plain",
+    "angle-torch",
+    "angle-native",
+    "angle-native-bf16",
+)
 FLOOR = "floor"  # name of the machine's floor in a table
 PEERS = (
     "cpprb",
@@ -119,9 +126,15 @@ def place(row: Row) -> Place:
     return row.operation, row.batch, row.capacity, row.rows, row.threads
 
 
-def floors(rows: Iterable[Row]) -> dict[tuple[str, int, int, str], Row]:
-    """The floor's row of each operation, batch, capacity and kind of rows; it has one thread."""
-    return {place(row)[:4]: row for row in rows if row.library == FLOOR}
+def floors(rows: Iterable[Row]) -> dict[Place, Row]:
+    """The floor's row of each place."""
+    return {place(row): row for row in rows if row.library == FLOOR}
+
+
+def floor_of(where: Place, below: dict[Place, Row]) -> Row | None:
+    """The floor's row of a place, or of the same with one thread, which is all that most floors have."""
+    *rest, _ = where
+    return below.get(where) or next((row for key, row in below.items() if [*key[:4]] == rest), None)
 
 
 def is_peer(row: Row) -> bool:
@@ -142,15 +155,15 @@ def table(rows: Sequence[Row]) -> str:
     lines = []
     columns = (
         ("threads", 8),
-        ("median us", 12),
-        ("min us", 12),
-        ("max us", 12),
+        ("median us", 15),
+        ("min us", 15),
+        ("max us", 15),
         ("x floor", 10),
         ("x peer", 9),
     )
     heading = f"{'library':<22}" + "".join(f"{name:>{width}}" for name, width in columns)
     for (operation, batch, capacity, kind, threads), block in blocks.items():
-        floor = below.get((operation, batch, capacity, kind))
+        floor = floor_of((operation, batch, capacity, kind, threads), below)
         peer = min((row.median_us for row in block if is_peer(row)), default=None)
         lines += ["", f"{operation}  batch {batch}  capacity {capacity}  rows {kind}", heading]
         shown = block if floor is None or floor.threads == threads else [*block, floor]
@@ -159,7 +172,7 @@ def table(rows: Sequence[Row]) -> str:
             over_peer = _ratio(None if peer is None or row.library == FLOOR else peer / row.median_us)
             notes = "  ".join(f"{name} {_short(value)}" for name, value in row.extra.items())
             lines.append(
-                f"{row.library:<22}{row.threads:>8}{row.median_us:>12.3f}{row.min_us:>12.3f}{row.max_us:>12.3f}"
+                f"{row.library:<22}{row.threads:>8}{row.median_us:>15.3f}{row.min_us:>15.3f}{row.max_us:>15.3f}"
                 f"{over_floor:>10}{over_peer:>9}  {notes}".rstrip()
             )
     return "\n".join(lines[1:])
