@@ -1,12 +1,14 @@
-"""SAC at HalfCheetah's sizes, by our library and by others: one update, and one whole step of training."""
+"""SAC at HalfCheetah's sizes, by our library and by others: one update, one action, a whole step of training."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import gymnasium
@@ -18,23 +20,37 @@ from angle_rl.bench.eager import TAU, CleanRLStyle, TunedTorch
 from angle_rl.bench.libraries import spaces
 from angle_rl.bench.rows import ACTION, OBSERVATION, Rows
 from angle_rl.bench.timing import Clock
+from angle_rl.bench.update_training import TrainerSteps
 from angle_rl.config import AgentConfig, Hyperparameters, Training
 from angle_rl.types import EnvironmentState, RandomKey, RLState
 
 ENVIRONMENT = "HalfCheetah-v5"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What one update works on."""
+
+    batch: int = 256  # rows an update learns on, >= 1
+    hidden_sizes: tuple[int, ...] = (256, 256)  # units of each hidden layer, in all networks
+    critics: int = 2  # in the ensemble, >= 2
+
+
+USUAL = Sizes()
+
+
 class Learner(Protocol):
     """One SAC under test."""
 
     name: str
-    multiple: int  # updates after which its mix of critic and policy steps repeats
+    multiple: int  # calls after which its mix of critic and policy steps repeats
+    updates: int  # updates one call takes, and environment steps one iteration of `steps`
 
     def fill(self, rows: Rows) -> None:
         """Fills the replay with as many rows as it holds."""
 
     def update(self) -> object:
-        """On average one step each of the critics, the policy, the entropy coefficient and the targets."""
+        """`updates` times, on average, one step each of critics, policy, entropy coefficient and targets."""
 
     def critics(self) -> list[torch.Tensor]:
         """The critics' parameters."""
@@ -45,8 +61,14 @@ class Learner(Protocol):
     def policy(self) -> list[torch.Tensor]:
         """The policy's parameters."""
 
-    def stepper(self) -> Clock:
-        """A clock of whole training steps: act, step the environment, store the row, update."""
+    def choose(self, observation: Any) -> Any:
+        """One random action of the policy, NumPy [6], for one NumPy observation [17]."""
+
+    def steps(self) -> Clock:
+        """A clock of whole training steps, `updates` an iteration: act, step the environment, store, update."""
+
+    def close(self) -> None:
+        """Ends what `steps` began."""
 
 
 def random_rows(count: int) -> Rows:
@@ -61,31 +83,81 @@ def random_rows(count: int) -> Rows:
     )
 
 
-class AngleTorch:
-    """Ours: agents.SAC with its defaults, so with prioritised replay, on the torch engine."""
+def known_fields(**fields: Any) -> dict[str, Any]:
+    """Those of these fields that this version's config has."""
+    known = {entry.name for part in (Hyperparameters, Training) for entry in dataclasses.fields(part)}
+    return {name: value for name, value in fields.items() if name in known}
 
-    name = "angle-torch"
+
+class Angle:
+    """Ours: agents.SAC with its defaults, so with prioritised replay, on one of its engines."""
+
     multiple = 1
 
-    def __init__(self, capacity: int, batch: int) -> None:
-        config = AgentConfig(
-            hyperparameters=Hyperparameters(
-                agent="sac", batch_size=batch, tau=TAU, replay_capacity=capacity, learning_starts=0
-            ),
-            training=Training(environment=ENVIRONMENT, engine="torch"),
-        )
+    def __init__(
+        self,
+        capacity: int,
+        sizes: Sizes = USUAL,
+        *,
+        engine: str = "torch",
+        updates: int = 1,
+        threads: int = 1,
+        replay: Any = None,
+        **fields: Any,
+    ) -> None:
+        """RuntimeError where this version has no such engine, or it does not take these networks.
+
+        `replay`: another of ours, to learn from its rows; None: one of its own. `fields`: more of the config.
+        """
+        self.name, self.updates = f"angle-{engine}", updates
+        absent = set(fields) - set(known_fields(**fields))
+        if updates > 1 and not known_fields(updates_per_call=updates):
+            absent.add("updates_per_call")
+        if absent:
+            raise RuntimeError(f"not in this version: {', '.join(sorted(absent))}")
+        try:
+            self.config = AgentConfig(training=Training(environment=ENVIRONMENT, engine=engine)).replace(  # type: ignore[arg-type]
+                agent="sac",
+                batch_size=sizes.batch,
+                hidden_sizes=sizes.hidden_sizes,
+                critics=sizes.critics,
+                tau=TAU,
+                replay_capacity=capacity,
+                learning_starts=0,
+                **known_fields(updates_per_call=updates, learner_threads=threads),
+                **fields,
+            )
+        except ValueError as refusal:
+            raise RuntimeError(f"not in this version: {refusal}") from refusal
+        self.threads = threads
         observation_space, action_space = spaces()
-        self.agent = SAC(config)
-        self.state, self.key = self.agent.init(
-            RandomKey(0), observation_space=observation_space, action_space=action_space
+        self.agent = SAC(self.config)
+        self.state, key = self.agent.init(
+            RandomKey(0), observation_space=observation_space, action_space=action_space, replay=replay
         )
+        found = getattr(self.state.engine, "name", engine)
+        if found != engine:
+            raise RuntimeError(f"the engine is {found}")
+        nobody: Any = np.zeros(1, np.bool_)
+        seen = EnvironmentState(
+            observation=np.zeros((1, OBSERVATION), np.float32),
+            reward=np.zeros(1),
+            terminated=nobody,
+            truncated=nobody,
+            final_observation=np.zeros((1, OBSERVATION), np.float32),
+            stepped=np.ones(1, np.bool_),
+        )
+        self._rl_state = RLState(self.state, seen, key, iteration=0, episode=0, trajectory=None)
+        self._training: TrainerSteps | None = None
 
     def fill(self, rows: Rows) -> None:
-        self.state.replay.insert(*rows)
+        if len(self.state.replay) == 0:  # another's, perhaps, and filled
+            self.state.replay.insert(*rows)
 
     def update(self) -> object:
-        now, self.key = self.key.split(2)
-        return self.state.engine.update(now, 1)
+        self.state.steps += self.updates  # as if so many rows had been recorded: as many updates are due
+        self._rl_state = self.agent.optimize_model(self._rl_state)
+        return None
 
     def critics(self) -> list[torch.Tensor]:
         return list(self.state.critics.parameters())
@@ -96,49 +168,66 @@ class AngleTorch:
     def policy(self) -> list[torch.Tensor]:
         return list(self.state.policy.parameters())
 
-    def stepper(self) -> Clock:
-        environment = gymnasium.make(ENVIRONMENT)
-        none, stepped = np.zeros(1, np.bool_), np.ones(1, np.bool_)
+    def choose(self, observation: Any) -> Any:
+        seen = self._rl_state.environment_state._replace(observation=observation[None])
+        actions, self._rl_state = self.agent.select_action(self._rl_state._replace(environment_state=seen), 0)
+        return actions[0]
 
-        def seen(observation: Any, final: Any, reward: float, terminated: bool, truncated: bool) -> EnvironmentState:
-            return EnvironmentState(
-                observation=np.asarray(observation, np.float32)[None],
-                reward=np.array([reward]),
-                terminated=np.array([terminated]) if terminated else none,
-                truncated=np.array([truncated]) if truncated else none,
-                final_observation=np.asarray(final, np.float32)[None],
-                stepped=stepped,
-            )
+    def forward(self) -> tuple[Callable[[], object], Callable[[], object]]:
+        """Calls of the policy for one observation, noise given: as the library has it, and in plain torch."""
+        policy: Any = self.state.policy
+        generator = torch.Generator().manual_seed(0)
+        observation = torch.randn(1, OBSERVATION, generator=generator)
+        noise = torch.randn(1, ACTION, generator=generator)
 
-        observation, _ = environment.reset(seed=0)
-        first = seen(observation, observation, 0.0, False, False)
-        state = RLState(self.state, first, self.key, iteration=0, episode=0, trajectory=None)
-        agent = self.agent
+        def ours() -> Any:
+            with torch.no_grad():
+                return policy.sample_actions(observation, noise=noise)[0]
 
-        def run(iterations: int) -> float:
-            nonlocal state
-            start = time.perf_counter()
-            for _ in range(iterations):
-                action, state = agent.select_action(state, state.iteration)
-                following, reward, terminated, truncated, _ = environment.step(action[0])
-                final = following
-                if terminated or truncated:
-                    following, _ = environment.reset()
-                after = state._replace(
-                    environment_state=seen(following, final, float(reward), terminated, truncated),
-                    iteration=state.iteration + 1,
-                )
-                recorded = agent.record_observation(
-                    state, action, after.environment_state.reward, after.environment_state.terminated, after
-                )
-                state = agent.optimize_model(recorded)
-            return time.perf_counter() - start
+        def plain() -> Any:
+            with torch.no_grad():
+                mean, log_std = policy(observation)
+                return torch.tanh(mean + noise * log_std.exp())
 
-        return run
+        if not torch.allclose(ours(), plain(), rtol=1e-4, atol=1e-5):
+            raise RuntimeError(f"{self.name}: the actions are {ours()}, torch's {plain()}")
+        return ours, plain
+
+    def steps(self, **options: Any) -> TrainerSteps:
+        """The whole AgentTrainer, in a thread; `options` are more of its arguments."""
+        config = self.config.replace(threads=self.threads, evaluation_interval=None, steps=1 << 40)
+        self._training = TrainerSteps(config, self.state.replay, self.updates, **options)
+        return self._training
+
+    def close(self) -> None:
+        if self._training is not None:
+            self._training.close()
+            self._training = None
+
+
+def environment_steps(learner: Any, update: Callable[[], object]) -> Clock:
+    """A clock of training steps for whoever has ``act(observation)`` and ``store(...)``."""
+    environment = gymnasium.make(ENVIRONMENT)
+    observation, _ = environment.reset(seed=0)
+
+    def run(iterations: int) -> float:
+        nonlocal observation
+        start = time.perf_counter()
+        for _ in range(iterations):
+            action = learner.act(observation)
+            following, reward, terminated, truncated, _ = environment.step(action)
+            learner.store(observation, action, float(reward), following, terminated)
+            observation = environment.reset()[0] if terminated or truncated else following
+            update()
+        return time.perf_counter() - start
+
+    return run
 
 
 class Eager:
     """One of the eager implementations."""
+
+    updates = 1
 
     def __init__(self, kind: type[CleanRLStyle] | type[TunedTorch], capacity: int, batch: int) -> None:
         self.batch = batch
@@ -152,23 +241,14 @@ class Eager:
         self.learner.update(self.batch)
         return None
 
-    def stepper(self) -> Clock:
-        environment = gymnasium.make(ENVIRONMENT)
-        observation, _ = environment.reset(seed=0)
-        learner, batch = self.learner, self.batch
+    def choose(self, observation: Any) -> Any:
+        return self.learner.act(observation)
 
-        def run(iterations: int) -> float:
-            nonlocal observation
-            start = time.perf_counter()
-            for _ in range(iterations):
-                action = learner.act(observation)
-                following, reward, terminated, truncated, _ = environment.step(action)
-                learner.store(observation, action, float(reward), following, terminated)
-                observation = environment.reset()[0] if terminated or truncated else following
-                learner.update(batch)
-            return time.perf_counter() - start
+    def steps(self) -> Clock:
+        return environment_steps(self.learner, self.update)
 
-        return run
+    def close(self) -> None:
+        pass
 
 
 class StableBaselines3:
@@ -176,21 +256,23 @@ class StableBaselines3:
 
     name = "stable-baselines3"
     multiple = 1
+    updates = 1
 
-    def __init__(self, capacity: int, batch: int) -> None:
+    def __init__(self, capacity: int, sizes: Sizes = USUAL) -> None:
         from stable_baselines3 import SAC as PeerSAC
         from stable_baselines3.common.logger import configure
 
-        self.batch = batch
+        self.batch = sizes.batch
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             self.model = PeerSAC(
                 "MlpPolicy",
                 gymnasium.make(ENVIRONMENT),
                 buffer_size=capacity,
-                batch_size=batch,
+                batch_size=sizes.batch,
                 tau=TAU,
                 learning_starts=0,
+                policy_kwargs={"net_arch": list(sizes.hidden_sizes), "n_critics": sizes.critics},
                 device="cpu",
                 seed=0,
             )
@@ -218,7 +300,10 @@ class StableBaselines3:
     def policy(self) -> list[torch.Tensor]:
         return list(self.model.actor.parameters())
 
-    def stepper(self) -> Clock:
+    def choose(self, observation: Any) -> Any:
+        return self.model.predict(observation, deterministic=False)[0]
+
+    def steps(self) -> Clock:
         model = self.model
 
         def run(iterations: int) -> float:
@@ -228,27 +313,58 @@ class StableBaselines3:
 
         return run
 
+    def close(self) -> None:
+        pass
 
-def ours_and_eager() -> list[Callable[[int, int], Learner]]:
-    """The learners that need nothing but this package."""
-    return [
-        AngleTorch,
-        lambda capacity, batch: Eager(CleanRLStyle, capacity, batch),
-        lambda capacity, batch: Eager(TunedTorch, capacity, batch),
-    ]
+
+def eager(capacity: int, batch: int) -> list[Learner]:
+    """The learners that need nothing but this package and torch; two hidden layers of 256."""
+    return [Eager(CleanRLStyle, capacity, batch), Eager(TunedTorch, capacity, batch)]
 
 
 def check_learner(learner: Learner) -> None:
-    """RuntimeError unless updates change everything, stay finite, and move the targets by tau."""
+    """RuntimeError unless updates change everything, stay finite, and move the targets by tau.
+
+    The last is asked of learners that take one update a call; one action must be finite and within its bounds.
+    """
     parts = {"policy": learner.policy(), "critics": learner.critics(), "targets": learner.targets()}
     before = {name: [tensor.detach().clone() for tensor in tensors] for name, tensors in parts.items()}
     for _ in range(learner.multiple):
         slow = [tensor.detach().clone() for tensor in learner.targets()]
         learner.update()
         for target, old, online in zip(learner.targets(), slow, learner.critics(), strict=True):
-            if not torch.allclose(target, TAU * online + (1 - TAU) * old, rtol=1e-4, atol=1e-6):
+            moved = torch.allclose(target, TAU * online + (1 - TAU) * old, rtol=1e-4, atol=1e-6)
+            if learner.updates == 1 and not moved:
                 raise RuntimeError(f"{learner.name}: the targets did not move by tau")
     for name, tensors in parts.items():
-        moved = [not torch.equal(tensor, old) for tensor, old in zip(tensors, before[name], strict=True)]
-        if not all(moved) or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        changed = [not torch.equal(tensor, old) for tensor, old in zip(tensors, before[name], strict=True)]
+        if not all(changed) or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise RuntimeError(f"{learner.name}: an update left the {name} unchanged or not finite")
+    action = np.asarray(learner.choose(np.zeros(OBSERVATION, np.float32)))
+    if action.shape != (ACTION,) or not (np.abs(action) <= 1).all():
+        raise RuntimeError(f"{learner.name}: the action for one observation is {action}")
+
+
+def check_engine(engine: str, batch: int = 64, updates: int = 4, tolerance: float = 1e-3, **fields: Any) -> None:
+    """RuntimeError unless an engine's first updates are torch's, from the same rows, networks and noise.
+
+    Compared are the changes of each tensor, relative to the largest norm among them.
+    """
+    rows = random_rows(1024)
+    sizes = Sizes(batch=batch)
+    pair = [Angle(1024, sizes, engine="torch"), Angle(1024, sizes, engine=engine, **fields)]
+    changes = []
+    for learner in pair:
+        learner.fill(rows)
+        tensors = [*learner.critics(), *learner.targets(), *learner.policy()]
+        before = [tensor.detach().clone() for tensor in tensors]
+        for _ in range(updates):
+            learner.update()
+        changes.append([(tensor.detach() - old).double() for tensor, old in zip(tensors, before, strict=True)])
+    for expected, found in zip(*changes, strict=True):
+        if float((expected - found).norm()) > tolerance * float(expected.norm()) + 1e-9:
+            raise RuntimeError(
+                f"angle-{engine}: {updates} updates changed a tensor of shape {list(expected.shape)} by "
+                f"{float(found.norm()):.3g} where torch changed it by {float(expected.norm()):.3g}, "
+                f"{float((expected - found).norm()):.3g} apart"
+            )

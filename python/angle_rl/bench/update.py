@@ -1,115 +1,157 @@
-"""``angle bench update``: one SAC update and one whole training step, beside others and the floor."""
+"""``angle bench update``: one SAC update and one whole training step, beside others and the floor, and the goals."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import os
+import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from angle_rl.bench.eager import check_same_numbers
-from angle_rl.bench.learners import (
-    ENVIRONMENT,
-    Learner,
-    StableBaselines3,
-    check_learner,
-    ours_and_eager,
-    random_rows,
-)
-from angle_rl.bench.products import best_product, floor_clock, sac_flops
-from angle_rl.bench.replay import at_least_one
-from angle_rl.bench.report import FLOOR, Row, publish, summarize
-from angle_rl.bench.timing import Clock, clock, one_setting, round_robin
+from angle_rl.bench.goals import as_dicts, goals_table
+from angle_rl.bench.report import publish
+from angle_rl.bench.update_cases import Found, Settings, found_from_json
+from angle_rl.bench.update_goals import judge_updates
+from angle_rl.bench.update_imports import import_rows
+from angle_rl.bench.update_plots import plot_updates
+
+SECTIONS = ("table", "training", "act", "sweeps", "import")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """One run of this benchmark."""
-
-    capacity: int  # rows the replays hold, all filled, >= batch
-    batch: int  # rows an update learns on, >= 1
-    threads: int  # torch's threads and cores, >= 1
-    repeats: int  # rounds over the learners, >= 1
-    seconds: float  # length of one learner's turn in a round
-
-
-def make_learners(capacity: int, batch: int) -> tuple[list[Learner], list[str]]:
-    """The learners, filled and checked, and a line for each that there is not."""
-    rows = random_rows(capacity)
-    learners: list[Learner] = [make(capacity, batch) for make in ours_and_eager()]
-    notes: list[str] = []
+@contextlib.contextmanager
+def on_cores(count: int) -> Iterator[None]:
+    """Processes started inside run on the last so many of this process's cores, where the system can say so."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[-count:])
     try:
-        learners.append(StableBaselines3(capacity, batch))
-    except Exception as failure:  # a peer may fail in any way of its own
-        notes.append(f"stable-baselines3: {str(failure).splitlines()[0]}")
-    for learner in learners:
-        learner.fill(rows)
-        check_learner(learner)
-    return learners, notes
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
-def run(settings: Settings) -> tuple[list[Row], list[str], dict[str, Any]]:
-    """Checks and times every learner: rows, a line per learner there is not, and the floor's details."""
-    with one_setting(settings.threads):
-        check_same_numbers()
-        learners, notes = make_learners(settings.capacity, settings.batch)
-        name, rate, product = best_product()
-        dense, minimum_critic = sac_flops(batch=settings.batch)
-        about = {
-            "update_flops": dense,
-            "update_flops_minimum_critic_only": minimum_critic,
-            "best_product": name,
-            "best_product_gflops": rate / 1e9,
-        }
+def measure_apart(settings: Settings) -> Found:
+    """Runs these settings in a fresh process on as many cores. RuntimeError where it fails."""
+    threads = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "found.json"
+        command = [sys.executable, "-m", "angle_rl.bench.update_measure", json.dumps(asdict(settings)), str(output)]
+        with on_cores(settings.threads):
+            done = subprocess.run(command, env={**os.environ, **threads}, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"measuring with {settings.threads} threads failed (exit status {done.returncode})")
+        return found_from_json(output.read_text())
 
-        def measure(operation: str, clocks: dict[str, Clock]) -> list[Row]:
-            times = round_robin(list(clocks.values()), repeats=settings.repeats, seconds=settings.seconds, multiple=2)
-            return [
-                summarize(
-                    library,
-                    operation,
-                    taken,
-                    capacity=settings.capacity,
-                    batch=settings.batch,
-                    threads=settings.threads,
-                    product=name if library == FLOOR else None,
-                )
-                for library, taken in zip(clocks, times, strict=True)
-            ]
 
-        floor: dict[str, Clock] = {FLOOR: floor_clock(product, dense)}
-        rows = measure("learner_update", floor | {learner.name: clock(learner.update) for learner in learners})
-        try:
-            steppers = {learner.name: learner.stepper() for learner in learners}
-        except Exception as failure:  # the simulator may be missing or fail in any way of its own
-            notes.append(f"env_step, since {ENVIRONMENT} cannot be made: {str(failure).splitlines()[0]}")
-        else:
-            rows += measure("env_step", steppers)
-    return rows, notes, about
+def run(every: Sequence[Settings]) -> Found:
+    """Each settings in a process of its own, one after the other, then the imports."""
+    found = Found()
+    for settings in every:
+        if set(settings.sections) - {"import"}:
+            part = measure_apart(settings)
+            found.rows += part.rows
+            found.notes += [note for note in part.notes if note not in found.notes]
+            found.about |= part.about
+    first = every[0]
+    if "import" in first.sections:
+        print("import to the first update", file=sys.stderr, flush=True)
+        with on_cores(first.threads):
+            rows, notes = import_rows(first.sbx_python, first.threads, repeats=-(-first.repeats // 2))
+        found.rows += rows
+        found.notes += notes
+    return found
+
+
+def at_least_one(text: str) -> int:
+    """An argument that must be an integer >= 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """An argument of integers >= 1, separated by commas."""
+    return tuple(dict.fromkeys(at_least_one(part) for part in text.split(",")))
+
+
+def sections_of(text: str) -> tuple[str, ...]:
+    """An argument that must name sections, separated by commas."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"{text!r} does not name sections; they are {', '.join(SECTIONS)}")
+    return names
+
+
+def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[Settings]]:
+    parser = argparse.ArgumentParser(prog="angle bench update", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here, and the figures beside it")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write the figures here")
+    parser.add_argument(
+        "--only",
+        type=sections_of,
+        default=SECTIONS,
+        metavar="SECTION[,SECTION]",
+        help=f"parts to measure (default all): {', '.join(SECTIONS)}",
+    )
+    parser.add_argument("--quick", action="store_true", help="10,000 rows, few short rounds and points")
+    parser.add_argument("--capacity", type=at_least_one, help="rows a replay holds, filled (default 1,000,000)")
+    parser.add_argument("--batch", type=at_least_one, default=256, help="rows an update learns on (default 256)")
+    parser.add_argument(
+        "--threads", type=numbers_of, metavar="N[,N]", help="threads and cores, each in its own process (default 1,2)"
+    )
+    parser.add_argument("--repeats", type=at_least_one, help="rounds over the learners (default 9)")
+    parser.add_argument(
+        "--sbx-python", default=sys.executable, metavar="PATH", help="an interpreter with sbx-rl and its jax"
+    )
+    given = parser.parse_args(argv)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = given.threads or tuple(n for n in (1, 2) if n <= cores)
+    capacity = given.capacity or (10_000 if given.quick else 1_000_000)
+    if max(threads) > cores:
+        parser.error(f"--threads asks for {max(threads)} cores; this process has {cores}")
+    if capacity < given.batch:
+        parser.error(f"--capacity is {capacity}; it must be at least {given.batch}")
+    return given, [
+        Settings(
+            capacity=capacity,
+            batch=given.batch,
+            threads=number,
+            repeats=given.repeats or (3 if given.quick else 9),
+            seconds=0.1 if given.quick else 1.0,
+            quick=given.quick,
+            sections=given.only,
+            sbx_python=given.sbx_python,
+        )
+        for number in threads
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark with these arguments (default: the process's) and returns the exit status."""
-    parser = argparse.ArgumentParser(prog="angle bench update", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
-    parser.add_argument("--quick", action="store_true", help="under a minute: 10,000 rows, few short rounds")
-    parser.add_argument("--capacity", type=at_least_one, help="rows a replay holds, filled (default 1,000,000)")
-    parser.add_argument("--batch", type=at_least_one, default=256, help="rows an update learns on (default 256)")
-    parser.add_argument("--threads", type=at_least_one, default=1, help="torch's threads, and cores")
-    parser.add_argument("--repeats", type=at_least_one, help="rounds over the learners (default 9)")
-    given = parser.parse_args(argv)
-    settings = Settings(
-        capacity=given.capacity or (10_000 if given.quick else 1_000_000),
-        batch=given.batch,
-        threads=given.threads,
-        repeats=given.repeats or (3 if given.quick else 9),
-        seconds=0.2 if given.quick else 2.0,
+    given, every = _arguments(argv)
+    found = run(every)
+    verdicts = judge_updates(found.rows)
+    publish(
+        found.rows,
+        found.notes,
+        given.json,
+        texts=[goals_table(verdicts)],
+        parts={"goals": as_dicts(verdicts)},
+        **found.about,
     )
-    if settings.capacity < settings.batch:
-        parser.error(f"--capacity is {settings.capacity}; it must be at least {settings.batch}")
-    rows, notes, about = run(settings)
-    publish(rows, notes, given.json, **about)
+    folder = given.plots or (given.json.resolve().parent if given.json else None)
+    if folder is not None:
+        for path in plot_updates(found.rows, folder, given.json.stem if given.json else "update"):
+            print(f"written to {path}")
     return 0
 
 
