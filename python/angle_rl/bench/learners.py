@@ -127,14 +127,14 @@ class Angle:
                 **known_fields(updates_per_call=updates, learner_threads=threads),
                 **fields,
             )
+            self.agent = SAC(self.config)
+            observation_space, action_space = spaces()
+            self.state, key = self.agent.init(
+                RandomKey(0), observation_space=observation_space, action_space=action_space, replay=replay
+            )
         except ValueError as refusal:
             raise RuntimeError(f"not in this version: {refusal}") from refusal
         self.threads = threads
-        observation_space, action_space = spaces()
-        self.agent = SAC(self.config)
-        self.state, key = self.agent.init(
-            RandomKey(0), observation_space=observation_space, action_space=action_space, replay=replay
-        )
         found = getattr(self.state.engine, "name", engine)
         if found != engine:
             raise RuntimeError(f"the engine is {found}")
@@ -196,6 +196,8 @@ class Angle:
     def steps(self, **options: Any) -> TrainerSteps:
         """The whole AgentTrainer, in a thread; `options` are more of its arguments."""
         config = self.config.replace(threads=self.threads, evaluation_interval=None, steps=1 << 40)
+        if options.get("overlap"):  # the environment wants a core, too: the engine chooses
+            config = config.replace(**known_fields(learner_threads=None))
         self._training = TrainerSteps(config, self.state.replay, self.updates, **options)
         return self._training
 
@@ -345,10 +347,12 @@ def check_learner(learner: Learner) -> None:
         raise RuntimeError(f"{learner.name}: the action for one observation is {action}")
 
 
-def check_engine(engine: str, batch: int = 64, updates: int = 4, tolerance: float = 1e-3, **fields: Any) -> None:
+def check_engine(engine: str, batch: int = 64, updates: int = 4, tolerance: float = 0.02, **fields: Any) -> None:
     """RuntimeError unless an engine's first updates are torch's, from the same rows, networks and noise.
 
-    Compared are the changes of each tensor, relative to the largest norm among them.
+    Compared is the change of each tensor, relative to its norm. Adam's first steps are of one size whatever the
+    gradient's, so where that is near 0, rounding turns an element around: hence the wide tolerance. The engine's tests
+    compare more closely.
     """
     rows = random_rows(1024)
     sizes = Sizes(batch=batch)

@@ -20,7 +20,7 @@ from angle_rl.bench.timing import Clock, round_robin
 UPDATES_A_CALL = 32  # besides one
 NATIVE = "angle-native"
 BFLOAT16 = "angle-native-bf16"
-BFLOAT16_TOLERANCE = 0.1  # of a tensor's change after a few updates
+BFLOAT16_TOLERANCE = 0.5  # of a tensor's change after a few updates, see check_engine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,12 +52,17 @@ def sweep_rows(settings: Settings, found: Found) -> None:
     few = replace(settings, repeats=-(-settings.repeats // 2), seconds=settings.seconds / 4, capacity=CAPACITY)
     rows = random_rows(CAPACITY)
     sbx = None
+    usual: list[str] = []
     if not settings.quick:
         sbx, _ = make_sbx(few, updates=(1,), environment=None)
     try:
         for sizes in points(settings.quick):
             tell(settings, f"{sizes}")
-            ours, _ = make_ours(CAPACITY, sizes, settings.threads)
+            ours, notes = make_ours(CAPACITY, sizes, settings.threads)
+            if sizes != USUAL:  # what there is not for the usual sizes either, the table says
+                found.notes += [f"{note}, with {sizes}" for note in notes if note not in usual]
+            else:
+                usual = notes
             learners: list[Learner] = [learner for learner in ours if learner.updates == 1]
             try:
                 learners.append(StableBaselines3(CAPACITY, sizes))
