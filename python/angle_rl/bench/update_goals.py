@@ -23,12 +23,13 @@ class UpdateGoal:
     limit: float
     unit: str  # "ms", "us" or "s" a call, or "steps/s": calls a second
     threads: int = 1
+    batch: int = 256
     bfloat16: bool = False
     floor: float | None = None  # what the floor took, in `unit`, on the machine that the limit was set on
 
     def of(self, row: Row) -> float | None:
-        """The figure of a row; None where it is another operation's, or with other threads."""
-        if (row.operation, row.threads) != (self.operation, self.threads):
+        """The figure of a row; None where it is another operation's, or with other threads or rows a call."""
+        if (row.operation, row.threads, row.batch) != (self.operation, self.threads, self.batch):
             return None
         if (row.library == BFLOAT16) != self.bfloat16 and not (row.library == FLOOR or is_peer(row)):
             return None
@@ -55,7 +56,7 @@ GOALS = (
     ),
     UpdateGoal(work="HalfCheetah-v5, an update a step, one core", operation="train_step", limit=330, unit="steps/s"),
     UpdateGoal(work="the same, two cores", operation="train_step", limit=560, unit="steps/s", threads=2),
-    UpdateGoal(work="act, one observation", operation="act", limit=5, unit="us"),
+    UpdateGoal(work="act, one observation", operation="act", limit=5, unit="us", batch=1),
     UpdateGoal(
         work="import to the first update, beyond torch", operation="import_to_first_update", limit=1.5, unit="s"
     ),
