@@ -40,7 +40,7 @@ def rows_of(read: dict[str, Any]) -> list[Row]:
 
 
 def lines_of(read: dict[str, Any]) -> list[Line]:
-    """Every goal of either benchmark that was measured beside a peer."""
+    """Every goal of either benchmark about speed that was measured beside a peer."""
     rows = rows_of(read)
     samples = {row.capacity for row in rows if (row.operation, row.batch, row.rows) == ("sample", 256, "halfcheetah")}
     threads: list[int]
@@ -51,7 +51,11 @@ def lines_of(read: dict[str, Any]) -> list[Line]:
         verdicts = update_goals.judge_updates(rows)
         threads = [goal.threads for goal in update_goals.GOALS]
     pairs = zip(threads, verdicts, strict=True)
-    return [Line(threads=n, verdict=v) for n, v in pairs if v.measured is not None and v.peer is not None]
+    return [
+        Line(threads=n, verdict=v)
+        for n, v in pairs
+        if v.measured is not None and v.peer is not None and v.unit != goals.UNITS[goals.BYTES]
+    ]
 
 
 def figure(value: float) -> str:
