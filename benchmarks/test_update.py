@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from angle_rl import _core
+from angle_rl.bench import update
 from angle_rl.bench.eager import check_same_numbers
 from angle_rl.bench.learners import (
     Angle,
@@ -22,8 +23,10 @@ from angle_rl.bench.learners import (
     random_rows,
 )
 from angle_rl.bench.products import ProductRate, best_product, floor_clock, products, sac_flops
+from angle_rl.bench.report import summarize
 from angle_rl.bench.sbx_process import Sbx
 from angle_rl.bench.update import main
+from angle_rl.bench.update_cases import Found, checked
 from angle_rl.bench.update_imports import scripts, seconds_taken, why_not
 from angle_rl.bench.update_peers import Tianshou, TorchRL
 from angle_rl.bench.update_training import TrainerSteps
@@ -309,6 +312,35 @@ def test_quick_run_writes_every_operation(tmp_path, capsys):
     assert "x floor" in printed
     assert "SAC update, 2x256, batch 256, one core" in printed
     assert (tmp_path / "update-sweeps.png").stat().st_size > 0
+
+
+def test_a_peer_that_fails_its_check_is_a_line_and_ours_an_error():
+    good, broken = eager(CAPACITY, BATCH)
+    broken.choose = lambda observation: np.full(6, np.nan)
+    learners, notes = checked([good, broken], random_rows(CAPACITY))
+    assert learners == [good]
+    assert notes == [f"tuned-torch: the action for one observation is {np.full(6, np.nan)}"]
+    ours = Angle(CAPACITY)
+    ours.choose = broken.choose
+    with pytest.raises(RuntimeError, match="the action for one observation"):
+        checked([ours], random_rows(CAPACITY))
+
+
+def test_a_part_that_fails_leaves_the_others(monkeypatch, tmp_path, capsys):
+    def measured(settings):
+        if settings.threads == 1:
+            raise RuntimeError("it fell over")
+        row = summarize("floor", "learner_update", [2.0], capacity=512, batch=256, threads=settings.threads)
+        return Found(rows=[row], about={"seen": list(settings.sections)})
+
+    monkeypatch.setattr(update, "measure_apart", measured)
+    monkeypatch.setattr(update.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    path = tmp_path / "update.json"
+    assert main(["--only", "table,sweeps", "--quick", "--json", str(path)]) == 1
+    read = json.loads(path.read_text())
+    assert [row["threads"] for row in read["rows"]] == [2, 2]
+    assert read["metadata"]["seen"] == ["sweeps"]
+    assert "not measured: table: it fell over" in capsys.readouterr().out
 
 
 def test_arguments_that_make_no_sense_are_refused(capsys):

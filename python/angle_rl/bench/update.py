@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from angle_rl.bench.goals import as_dicts, goals_table
@@ -50,12 +50,19 @@ def measure_apart(settings: Settings) -> Found:
         return found_from_json(output.read_text())
 
 
-def run(every: Sequence[Settings]) -> Found:
-    """Each settings in a process of its own, one after the other, then the imports."""
-    found = Found()
+def run(every: Sequence[Settings]) -> tuple[Found, bool]:
+    """Each settings in processes of their own, the sweeps apart, then the imports; and whether none of it failed."""
+    found, good = Found(), True
     for settings in every:
-        if set(settings.sections) - {"import"}:
-            part = measure_apart(settings)
+        for among in (("table", "training", "act"), ("sweeps",)):
+            sections = tuple(name for name in settings.sections if name in among)
+            if not sections:
+                continue
+            try:
+                part = measure_apart(replace(settings, sections=sections))
+            except RuntimeError as failure:
+                good = False
+                part = Found(notes=[f"{', '.join(sections)}: {failure}"])
             found.rows += part.rows
             found.notes += [note for note in part.notes if note not in found.notes]
             found.about |= part.about
@@ -66,7 +73,7 @@ def run(every: Sequence[Settings]) -> Found:
             rows, notes = import_rows(first.sbx_python, first.threads, repeats=-(-first.repeats // 2))
         found.rows += rows
         found.notes += notes
-    return found
+    return found, good
 
 
 def at_least_one(text: str) -> int:
@@ -136,9 +143,12 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[Setting
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the benchmark with these arguments (default: the process's) and returns the exit status."""
+    """Runs the benchmark with these arguments (default: the process's) and returns the exit status.
+
+    1: a part failed, which a line says; the rest is measured and written all the same.
+    """
     given, every = _arguments(argv)
-    found = run(every)
+    found, good = run(every)
     verdicts = judge_updates(found.rows)
     publish(
         found.rows,
@@ -152,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     if folder is not None:
         for path in plot_updates(found.rows, folder, given.json.stem if given.json else "update"):
             print(f"written to {path}")
-    return 0
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from angle_rl.bench.learners import USUAL, Angle, Sizes, check_engine
+from angle_rl.bench.learners import USUAL, Angle, Learner, Sizes, check_engine, check_learner
 from angle_rl.bench.peers import in_short
 from angle_rl.bench.report import Row, summarize
+from angle_rl.bench.rows import Rows
 from angle_rl.bench.sbx_process import Sbx
 from angle_rl.bench.timing import Clock, round_robin
 
@@ -135,6 +136,24 @@ def check_ours(learners: Sequence[Angle], threads: int) -> None:
             check_engine("native", threads=threads)
         elif learner.name == BFLOAT16:
             check_engine("native", threads=threads, tolerance=BFLOAT16_TOLERANCE, precision="bfloat16")
+
+
+def checked(learners: Sequence[Learner], rows: Rows) -> tuple[list[Learner], list[str]]:
+    """The learners, filled, that pass their check, and a line for each other. RuntimeError where ours does not."""
+    reasons = [_fault(learner, rows) for learner in learners]
+    good = [learner for learner, why in zip(learners, reasons, strict=True) if why is None]
+    return good, [why for why in reasons if why is not None]
+
+
+def _fault(learner: Learner, rows: Rows) -> str | None:
+    try:
+        learner.fill(rows)
+        check_learner(learner)
+    except Exception as failure:  # a peer may fail in any way of its own
+        if isinstance(learner, Angle):
+            raise
+        return f"{learner.name}: {in_short(failure).removeprefix(f'{learner.name}: ')}"
+    return None
 
 
 def make_sbx(settings: Settings, **options: Any) -> tuple[Sbx | None, str | None]:

@@ -12,13 +12,14 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from angle_rl.bench.eager import check_same_numbers
-from angle_rl.bench.learners import ENVIRONMENT, Angle, Learner, Sizes, check_learner, eager, random_rows
+from angle_rl.bench.learners import ENVIRONMENT, Angle, Learner, Sizes, eager, random_rows
 from angle_rl.bench.peers import in_short
 from angle_rl.bench.products import best_product, floor_clock, sac_flops
 from angle_rl.bench.report import FLOOR
@@ -31,6 +32,7 @@ from angle_rl.bench.update_cases import (
     Found,
     Settings,
     check_ours,
+    checked,
     make_ours,
     make_sbx,
     measure,
@@ -49,15 +51,11 @@ def all_learners(settings: Settings, found: Found) -> Iterator[tuple[list[Learne
     ours, notes = make_ours(settings.capacity, Sizes(batch=settings.batch), settings.threads)
     check_ours(ours, settings.threads)
     others, missing = peers(settings.capacity, settings.batch)
-    learners: list[Learner] = [*ours, *eager(settings.capacity, settings.batch), *others]
-    rows = random_rows(settings.capacity)
-    for learner in learners:
-        learner.fill(rows)
-        check_learner(learner)
-    del rows
+    every: list[Learner] = [*ours, *eager(settings.capacity, settings.batch), *others]
+    learners, wrong = checked(every, random_rows(settings.capacity))
     gc.collect()
     sbx, why = make_sbx(settings, environment=None if environment_missing(ENVIRONMENT) else ENVIRONMENT)
-    found.notes += [*notes, *missing, *([why] if why else [])]
+    found.notes += [*notes, *missing, *wrong, *([why] if why else [])]
     if sbx is not None:
         found.about["sbx"] = sbx.versions
     try:
@@ -130,6 +128,7 @@ def training_rows(learners: Sequence[Learner], sbx: Sbx | None, settings: Settin
 def acting_rows(learners: Sequence[Learner], sbx: Sbx | None, settings: Settings, found: Found) -> None:
     """``act``: the policy's forward pass for one observation. ``select_action``: all of choosing one action."""
     tell(settings, "act")
+    settings = replace(settings, seconds=settings.seconds / 4)
     ours = [learner for learner in learners if isinstance(learner, Angle) and learner.updates == 1]
     calls: list[tuple[str, Callable[[], object]]] = []
     for learner in ours:

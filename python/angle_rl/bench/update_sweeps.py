@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from angle_rl.bench.learners import USUAL, Learner, Sizes, StableBaselines3, check_learner, random_rows
+from angle_rl.bench.learners import USUAL, Learner, Sizes, StableBaselines3, random_rows
 from angle_rl.bench.peers import in_short
 from angle_rl.bench.products import best_product, floor_clock, sac_flops
 from angle_rl.bench.report import FLOOR
 from angle_rl.bench.timing import clock
-from angle_rl.bench.update_cases import Case, Found, Settings, make_ours, make_sbx, measure, tell
+from angle_rl.bench.update_cases import Case, Found, Settings, checked, make_ours, make_sbx, measure, tell
 
 OPERATION = "learner_update_sweep"
 CAPACITY = 50_000  # rows of the replays in the sweeps
@@ -68,9 +68,8 @@ def sweep_rows(settings: Settings, found: Found) -> None:
                 learners.append(StableBaselines3(CAPACITY, sizes))
             except Exception as failure:  # a peer may fail in any way of its own
                 found.notes.append(f"stable-baselines3 with {sizes}: {in_short(failure)}")
-            for learner in learners:
-                learner.fill(rows)
-                check_learner(learner)
+            learners, wrong = checked(learners, rows)
+            found.notes += [f"{why}, with {sizes}" for why in wrong]
             product, _ = best_product(
                 few.seconds / 4, threads=settings.threads, width=max(sizes.hidden_sizes), batch=sizes.batch
             )
