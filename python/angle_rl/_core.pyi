@@ -8,20 +8,6 @@ import numpy.typing
 import typing
 import typing_extensions
 __all__: list[str] = ['CopyFloor', 'Learner', 'MAX_STREAMS', 'Prefetch', 'ProductFloor', 'RaceOptions', 'Replay', 'ReplayFloor', 'Segment', 'SmallReplayFloor', 'available_isas', 'has_cuda_compiler', 'isa', 'philox_normal_f32', 'philox_normal_f64', 'philox_split', 'philox_uniform', 'squashed_gaussian_f32', 'squashed_gaussian_f64', 'squashed_gaussian_gradient_f32', 'squashed_gaussian_gradient_f64', 'twin_q_loss_f32', 'twin_q_loss_f64', 'twin_q_target_f32', 'twin_q_target_f64', 'update_targets_f32', 'update_targets_f64']
-class ProductFloor:
-    """
-    The learner's float32 product [m, k] x [k, n] alone, for benchmarks. One thread only.
-    """
-    def __init__(self, m: typing.SupportsInt | typing.SupportsIndex, n: typing.SupportsInt | typing.SupportsIndex, k: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
-    def agrees(self) -> bool:
-        """
-        Whether the last product is right, as 16 of its rows show.
-        """
-    def product(self, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
-        """
-        Runs it `iterations` times and returns the seconds taken.
-        """
 class RaceOptions:
     """
     Threads of Replay.race: `inserters` insert row after row, `learners` sample `batch` rows and update their priorities, for `seconds`; every `check_every`-th batch is checked. The rows are HalfCheetah's, numbered from `first_row`; the inserters' streams from `first_stream`.
@@ -230,10 +216,24 @@ class CopyFloor:
         """
     def sample(self, batch: typing.SupportsInt | typing.SupportsIndex, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
         ...
-class Learner:
-    def __init__(self, replay: typing.Any, is_double: bool, options: dict, kinds: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+class ProductFloor:
+    """
+    The learner's float32 product [m, k] x [k, n] alone, for benchmarks. One thread only.
+    """
+    def __init__(self, m: typing.SupportsInt | typing.SupportsIndex, n: typing.SupportsInt | typing.SupportsIndex, k: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
-    def run(self, addresses: typing.Annotated[numpy.typing.ArrayLike, numpy.int64], groups: typing.Annotated[numpy.typing.ArrayLike, numpy.float64], places: typing.Annotated[numpy.typing.ArrayLike, numpy.int64], entropy_coefficient: typing.SupportsFloat | typing.SupportsIndex, n_step: typing.SupportsInt | typing.SupportsIndex, discount: typing.SupportsFloat | typing.SupportsIndex, importance_exponent: typing.SupportsFloat | typing.SupportsIndex, flags: typing.SupportsInt | typing.SupportsIndex, calls: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, bool]]) -> tuple:
+    def agrees(self) -> bool:
+        """
+        Whether the last product is right, as 16 of its rows show.
+        """
+    def product(self, iterations: typing.SupportsInt | typing.SupportsIndex) -> float:
+        """
+        Runs it `iterations` times and returns the seconds taken.
+        """
+class Learner:
+    def __init__(self, replay: typing.Any, is_double: bool, options: dict[str, typing.Any], kinds: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+        ...
+    def run(self, addresses: typing.Annotated[numpy.typing.ArrayLike, numpy.int64], groups: typing.Annotated[numpy.typing.ArrayLike, numpy.float64], places: typing.Annotated[numpy.typing.ArrayLike, numpy.int64], entropy_coefficient: typing.SupportsFloat | typing.SupportsIndex, n_step: typing.SupportsInt | typing.SupportsIndex, discount: typing.SupportsFloat | typing.SupportsIndex, importance_exponent: typing.SupportsFloat | typing.SupportsIndex, flags: typing.SupportsInt | typing.SupportsIndex, calls: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, bool]]) -> tuple[int, int, float, typing.Any]:
         ...
     @property
     def nbytes(self) -> int:
