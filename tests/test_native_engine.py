@@ -110,20 +110,20 @@ def resynchronize(reference, native):
     native.state.replay.import_state(*copy.deepcopy(reference.state.replay.export_state()))
 
 
-def go_beside(reference, native, updates, tolerance=1e-5, policy_every=1):
-    for index in range(updates):
+def go_beside(reference, native, updates, tolerance=1e-5, policy_every=1, first=0):
+    for index in range(first, first + updates):
         steps = 1 if index % policy_every == 0 else 0
-        first, second = reference.update(index, steps, index % 5 == 4), native.update(index, steps, index % 5 == 4)
-        assert first.finite
-        assert second.finite
-        torch.testing.assert_close(second.q, first.q, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(second.critic_loss, first.critic_loss, rtol=1e-5, atol=1e-6)
-        assert (first.policy_loss is None) == (second.policy_loss is None)
-        if first.policy_loss is not None:
-            torch.testing.assert_close(second.policy_loss, first.policy_loss, rtol=1e-5, atol=1e-5)
-        if first.log_prob is not None and reference.state.engine.name == "torch" and second.log_prob is not None:
-            torch.testing.assert_close(second.log_prob, first.log_prob, rtol=1e-5, atol=1e-5)
-        assert torch.equal(first.batch.handles, second.batch.handles)
+        one, two = reference.update(index, steps, index % 5 == 4), native.update(index, steps, index % 5 == 4)
+        assert one.finite
+        assert two.finite
+        torch.testing.assert_close(two.q, one.q, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(two.critic_loss, one.critic_loss, rtol=1e-5, atol=1e-6)
+        assert (one.policy_loss is None) == (two.policy_loss is None)
+        if one.policy_loss is not None:
+            torch.testing.assert_close(two.policy_loss, one.policy_loss, rtol=1e-5, atol=1e-5)
+        if one.log_prob is not None and reference.state.engine.name == "torch" and two.log_prob is not None:
+            torch.testing.assert_close(two.log_prob, one.log_prob, rtol=1e-5, atol=1e-5)
+        assert torch.equal(one.batch.handles, two.batch.handles)
         assert_close(reference, native, tolerance)
         np.testing.assert_allclose(native.td_errors(), reference.td_errors(), rtol=1e-5, atol=1e-5)
         resynchronize(reference, native)
@@ -161,11 +161,29 @@ def test_each_update_equals_the_torch_engines(name, options, threads):
     go_beside(reference, native, 12, policy_every=2 if name == "td3" else 1)
 
 
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
 @pytest.mark.parametrize("name", AGENTS)
-def test_a_thousand_updates_each_equal(name):
+def test_a_thousand_updates_each_equal(name, activation):
+    """Under ReLU a unit may be so near to 0 for some row (2e-8 here) that rounding decides on which side it is."""
     # Slow policies: where tanh saturates, 1 - tanh^2 has few right digits in float32, whoever computes it.
-    reference, native = pair(name, hidden_sizes=(32, 32), batch_size=64, policy_learning_rate=1e-5)
-    go_beside(reference, native, 1000, policy_every=2 if name == "td3" else 1)
+    options = {"hidden_sizes": (32, 32), "batch_size": 64, "policy_learning_rate": 1e-5, "activation": activation}
+    reference, native = pair(name, **options)
+    policy_every = 2 if name == "td3" else 1
+    far = sum(not is_beside(reference, native, index, policy_every) for index in range(1000))
+    assert far <= (3 if activation == "relu" else 0)
+
+
+def is_beside(reference, native, index, policy_every):
+    """Whether one update is; if not, its weights are near nevertheless."""
+    try:
+        go_beside(reference, native, 1, policy_every=policy_every, first=index)
+    except AssertionError:
+        for name, tensor in reference.tensors().items():
+            if name.startswith(NETWORKS):
+                assert_near(native.tensors()[name], tensor, 1e-3, name)
+        resynchronize(reference, native)
+        return False
+    return True
 
 
 def in_double(learner, name):
@@ -226,11 +244,11 @@ def test_updates_equal_autograd_in_float64(name, options, double, threads):
 def assert_near(tensor, truth, tolerance, name):
     """Within ``tolerance`` of the norm.
 
-    A single number, as the last layer's bias, may be a sum whose terms cancel: it may be 1e-8 off besides.
+    A last layer's bias, one number a critic, may be a sum whose terms cancel: it may be 1e-8 off besides.
     """
     far = float(torch.linalg.vector_norm(tensor.double() - truth.double()))
     size = float(torch.linalg.vector_norm(truth.double()))
-    assert far <= tolerance * size + (1e-8 if truth.numel() == 1 else 1e-12), f"{name}: {far} beside {size}"
+    assert far <= tolerance * size + (1e-8 if truth.shape[-1:].numel() == 1 else 1e-12), f"{name}: {far} beside {size}"
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -287,7 +305,9 @@ def test_several_updates_in_one_call_equal_one_after_the_other(name):
 @pytest.mark.parametrize("name", AGENTS)
 def test_bfloat16_products_are_near(name):
     """Factors have 8 bits: parameters after an update are near, and not equal."""
-    exact, rounded = (Learner(name, engine="native", hidden_sizes=(64, 64), precision=p) for p in PRECISIONS)
+    exact, rounded = (
+        Learner(name, engine="native", hidden_sizes=(64, 64), replay="uniform", precision=p) for p in PRECISIONS
+    )
     assert "bfloat16" in rounded.state.engine.why
     for index in range(10):
         first, second = exact.update(index), rounded.update(index)

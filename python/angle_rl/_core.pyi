@@ -7,7 +7,7 @@ import numpy
 import numpy.typing
 import typing
 import typing_extensions
-__all__: list[str] = ['CopyFloor', 'Learner', 'MAX_STREAMS', 'Prefetch', 'ProductFloor', 'RaceOptions', 'Replay', 'ReplayFloor', 'Segment', 'SmallReplayFloor', 'available_isas', 'has_cuda_compiler', 'isa', 'philox_normal_f32', 'philox_normal_f64', 'philox_split', 'philox_uniform', 'squashed_gaussian_f32', 'squashed_gaussian_f64', 'squashed_gaussian_gradient_f32', 'squashed_gaussian_gradient_f64', 'twin_q_loss_f32', 'twin_q_loss_f64', 'twin_q_target_f32', 'twin_q_target_f64', 'update_targets_f32', 'update_targets_f64']
+__all__: list[str] = ['CopyFloor', 'Learner', 'MAX_STREAMS', 'Prefetch', 'ProductFloor', 'RaceOptions', 'Replay', 'ReplayFloor', 'Segment', 'SmallReplayFloor', 'available_isas', 'has_bfloat16', 'has_cuda_compiler', 'isa', 'philox_normal_f32', 'philox_normal_f64', 'philox_split', 'philox_uniform', 'squashed_gaussian_f32', 'squashed_gaussian_f64', 'squashed_gaussian_gradient_f32', 'squashed_gaussian_gradient_f64', 'twin_q_loss_f32', 'twin_q_loss_f64', 'twin_q_target_f32', 'twin_q_target_f64', 'update_targets_f32', 'update_targets_f64']
 class RaceOptions:
     """
     Threads of Replay.race: `inserters` insert row after row, `learners` sample `batch` rows and update their priorities, for `seconds`; every `check_every`-th batch is checked. The rows are HalfCheetah's, numbered from `first_row`; the inserters' streams from `first_stream`.
@@ -241,6 +241,10 @@ class Learner:
 def available_isas() -> list[str]:
     """
     Names of the instruction sets that this machine can run.
+    """
+def has_bfloat16() -> bool:
+    """
+    Whether the learner can multiply bfloat16 numbers on this CPU, with the instruction set in use.
     """
 def isa() -> str:
     """
