@@ -18,8 +18,7 @@ enum class Activation : int { kNone, kRelu, kTanh, kSilu, kGelu };  // kGelu: th
 constexpr size_t kColumnMultiple = 16;
 
 // The pitch for rows of n elements that are a product's b or gate: whole cache lines that hold the next
-// kColumnMultiple, an odd number of them, so that the rows of a panel spread over all sets of the L1 cache. Begin each
-// matrix on a line.
+// kColumnMultiple, an odd number of them, so that rows spread over all sets of the caches. Begin each matrix on a line.
 template <typename T>
 constexpr size_t padded_pitch(size_t n) {
   constexpr size_t kPerLine = 64 / sizeof(T);

@@ -1,9 +1,9 @@
 // Matrix products and transposes (docs/decisions/0010-matrix-products.md).
 //
 // A tile of c, some rows by some vectors, is summed up in registers while one row of b and one column of a after the
-// other goes by. Nothing is copied: with rows of b at an odd number of cache lines, a panel of b as wide as a tile lies
-// in the L1 cache while all rows of a pass by. Only a turned b is, panel by panel. Long sums are cut into pieces, added
-// up in c. Which pieces depends on k alone, so an element of c is the same however c is divided into calls.
+// other goes by. Nothing is copied, for the caches keep up: a panel of b as wide as a tile is read again by all rows of
+// a. Only a turned b is, panel by panel. Long sums are cut into pieces, added up in c. Which pieces depends on k alone,
+// so an element of c is the same however c is divided into calls.
 
 #if defined(__AVX512F__)
 constexpr size_t kTileRows = 12, kTileVectors = 2;
