@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -129,7 +130,7 @@ double allowed(size_t k) {
 template <class T>
 void check(const Kernels& table, const Case& c) {
   const double error = worst_error<T>(learner_of<T>(table).product, c);
-  CAPTURE(table.isa);
+  CAPTURE(std::string(table.isa));
   CAPTURE(c.m);
   CAPTURE(c.n);
   CAPTURE(c.k);
@@ -209,7 +210,7 @@ TEST_CASE_TEMPLATE("a product divided into ranges of rows or columns gives the s
     rows(0, 1, 0, n, by_rows), rows(1, 3, 0, n, by_rows), rows(3, 16, 0, n, by_rows), rows(16, m, 0, n, by_rows);
     rows(0, m, 0, 16, by_columns), rows(0, m, 16, 64, by_columns), rows(0, m, 64, n, by_columns);
     rows(0, m, 0, 30, from_turned, true), rows(0, 2, 30, n, from_turned, true), rows(2, m, 30, n, from_turned, true);
-    CAPTURE(table->isa);
+    CAPTURE(std::string(table->isa));
     CHECK(from_turned == whole);
     CHECK(by_rows == whole);
     CHECK(by_columns == whole);
@@ -259,7 +260,7 @@ TEST_CASE_TEMPLATE("a transpose puts every element in its place and nothing else
           const T expected = j < columns && i < rows ? in[1 + i * in_row + j] : T(77);
           wrong += out[at] != expected;
         }
-        CAPTURE(table->isa);
+        CAPTURE(std::string(table->isa));
         CHECK(wrong == 0);
       }
     }
