@@ -11,14 +11,14 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from angle_rl.agents import SAC, TD3, Agent
+from angle_rl.agents import DDPG, SAC, TD3, Agent
 from angle_rl.agents.base import crossings
 from angle_rl.agents.noise import action_bounds, noisy_actions, policy_actions, seeded_torch, uniform_actions
 from angle_rl.config import AgentConfig, Hyperparameters, Service, Training
 from angle_rl.feed import FunctionFeed
 from angle_rl.models import DeterministicPolicy, PolicyModel, SquashedGaussianPolicy, TwinQ
 from angle_rl.trainer import AgentTrainer
-from angle_rl.types import RandomKey
+from angle_rl.types import RandomKey, RLState
 
 CPU = torch.device("cpu")
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -209,6 +209,31 @@ def test_td3_policy_descends_the_first_critic():
     expected = -state.critics(batch.observations, state.policy(batch.observations))[0].mean()
     assert log_prob is None
     assert torch.allclose(loss, expected)
+
+
+@pytest.mark.parametrize("agent", [SAC, TD3, DDPG])
+def test_linear_learning_rates_fall_to_nothing_at_the_last_step(agent):
+    rates = {"learning_rate": 0.02, "policy_learning_rate": 0.01, "entropy_learning_rate": 0.04}
+    agent, state = made(agent, **rates, learning_rate_schedule="linear", learning_starts=10)
+    first = {"critics": 0.02, "policy": 0.01, "entropy_coefficient": 0.04}
+    assert agent.config.training.steps == 8000
+    for steps, share in ((2000, 0.75), (6000, 0.25), (8000, 0.0), (9000, 0.0)):
+        before = copy.deepcopy(state.critics.state_dict())
+        state.steps, state.learned_steps = steps, steps - 1
+        agent.optimize_model(RLState(state, None, RandomKey(steps), 0, 0, None))
+        for name, optimizer in state.optimizers.items():
+            assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([share * first[name]])
+        unchanged = [torch.equal(before[name], now) for name, now in state.critics.state_dict().items()]
+        assert all(unchanged) if share == 0 else not any(unchanged)
+    assert state.updates == 4
+
+
+def test_constant_learning_rates_are_left_alone():
+    agent, state = made(learning_rate=0.02)
+    state.optimizers["critics"].param_groups[0]["lr"] = 0.3  # a user's own
+    state.steps, state.learned_steps = 5000, 4999
+    agent.optimize_model(RLState(state, None, RandomKey(0), 0, 0, None))
+    assert [state.optimizers[name].param_groups[0]["lr"] for name in ("critics", "policy")] == [0.3, 0.02]
 
 
 @pytest.mark.parametrize("agent", [SAC, TD3])

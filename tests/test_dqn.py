@@ -429,6 +429,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         assert torch.equal(ours[name], theirs[name]) or name.startswith("replay."), name
 
 
+def test_a_linear_learning_rate_falls_to_nothing_at_the_last_step():
+    agent, state = made(learning_rate=0.02, learning_rate_schedule="linear")
+    for steps, share in ((1, 1 - 1 / 2000), (1500, 0.25), (2000, 0.0), (2100, 0.0)):
+        before = copy.deepcopy(state.critics.state_dict())
+        state.steps, state.learned_steps = steps, steps - 1
+        agent.optimize_model(RLState(state, None, RandomKey(steps), 0, 0, None))
+        assert state.optimizers["critics"].param_groups[0]["lr"] == pytest.approx(0.02 * share)
+        unchanged = [torch.equal(before[name], now) for name, now in state.critics.state_dict().items()]
+        assert all(unchanged) if share == 0 else not any(unchanged)
+
+
 def test_the_interval_of_the_targets_counts_environment_steps():
     agent, state = made(target_update_interval=10, updates_per_step=0.5, learning_starts=4, batch_size=2)
     asked = []

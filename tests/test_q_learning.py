@@ -96,6 +96,16 @@ def test_the_table_equals_a_loop_s_over_several_environments():
     assert state.policy.table.dtype == torch.float64
 
 
+def test_a_linear_learning_rate_falls_to_nothing_at_the_last_step():
+    agent, state = made(learning_rate=0.5, learning_rate_schedule="linear")
+    steps, entry = agent.config.training.steps, 0.0
+    for step, share in ((1, 1 - 1 / steps), (steps // 2, 0.5), (steps, 0.0), (steps + 5, 0.0)):
+        state.steps = step - 1
+        taught(agent, state, seen(0), 1, seen(1, reward=1.0, terminated=True))
+        entry += 0.5 * share * (1.0 - entry)
+        assert state.policy.table[0, 1] == pytest.approx(entry)
+
+
 @pytest.mark.parametrize(("flags", "value"), [({"terminated": True}, 1.0), ({"truncated": True}, 10.0), ({}, 10.0)])
 def test_only_a_true_end_cuts_the_future_off_and_the_final_observation_counts(flags, value):
     agent, state = made(learning_rate=1.0, discount=0.9)

@@ -321,6 +321,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, agent, replay):
             assert_same(slots, other[index])
 
 
+def test_falling_learning_rates_fall_on_from_a_checkpoint(tmp_path):
+    options = {"learning_rate": 0.01, "learning_rate_schedule": "linear"}
+    whole = AgentTrainer(small(tmp_path / "whole", hyperparameters=options, checkpoint_interval=70), walk_feed())
+    whole.train()
+    rest = AgentTrainer(small(tmp_path / "rest", hyperparameters=options), walk_feed())
+    rest.load(whole.run_folder / "checkpoints" / "step-00000070")
+    assert rest.steps == 70
+    rest.train()
+    assert rest.steps == 120
+    assert_same(parameters(whole), parameters(rest))
+    assert [optimizer.param_groups[0]["lr"] for optimizer in rest.optimizers.values()] == [0.0] * 3
+
+
 def test_save_and_load(tmp_path):
     trainer = AgentTrainer(small(tmp_path), walk_feed())
     trainer.train()

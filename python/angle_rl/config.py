@@ -64,6 +64,8 @@ class Hyperparameters:
     optimizer: Literal["adam", "adamw"] = "adam"  # of the networks; they differ in how weight_decay enters
     # adam: this times the parameter is added to its gradient; adamw: a step takes this times its size off the parameter
     weight_decay: NotNegative = 0.0
+    # how all step sizes change; linear: in a straight line down to 0 at the training's steps
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
     batch_size: Count = 256  # transitions per update
     discount: Share = 0.99  # factor per environment step on what comes later
     n_step: Count = 1  # rewards summed before the bootstrap value

@@ -181,11 +181,11 @@ class DQN:
 
         LossNotFiniteError at the third update in a row whose loss or gradient is not finite.
         """
-        return optimize_when_due(rl_state, self._hyperparameters, self._updates_per_step, self._plan)
+        return optimize_when_due(rl_state, self.config, self._updates_per_step, self._plan)
 
     def finish_updates(self, rl_state: RLState) -> RLState:
         """The updates that wait for `updates_per_call`, taken now. Raises as `optimize_model`."""
-        return optimize_when_due(rl_state, self._hyperparameters, self._updates_per_step, self._plan, finish=True)
+        return optimize_when_due(rl_state, self.config, self._updates_per_step, self._plan, finish=True)
 
     def export_state(self, state: DQNState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The state as named tensors and JSON-able values, for a checkpoint."""

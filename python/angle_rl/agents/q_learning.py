@@ -12,7 +12,7 @@ from gymnasium import spaces
 
 from angle_rl.agents.discrete import discrete_actions, epsilon_greedy, first_exploration, random_share, refuse_options
 from angle_rl.agents.exploration import Exploration
-from angle_rl.agents.state import stepped_rows
+from angle_rl.agents.state import learning_rate_share, stepped_rows
 from angle_rl.config import AgentConfig
 from angle_rl.spaces import Space, map_space
 from angle_rl.types import Array, RandomKey, RLState
@@ -214,7 +214,8 @@ class QLearning:
         state: QLearningState = rl_state.agent_state
         if not state.waiting:
             return rl_state
-        rate, discount = self._hyperparameters.learning_rate, self._hyperparameters.discount
+        rate = self._hyperparameters.learning_rate * learning_rate_share(self.config, state.steps)
+        discount = self._hyperparameters.discount
         table = state.policy.table.numpy()  # the same memory
         q, errors = [], []
         for step in state.waiting:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from angle_rl._core import MAX_STREAMS
 from angle_rl.agents.base import crossings
 from angle_rl.agents.exploration import Exploration
 from angle_rl.agents.noise import ActionBounds
-from angle_rl.config import Hyperparameters
+from angle_rl.config import AgentConfig
 from angle_rl.engines.base import Engine, UpdateResult
 from angle_rl.spaces import row_of
 from angle_rl.types import Array, EnvironmentState, RandomKey, RLState
@@ -132,17 +132,35 @@ updates from the first environment step on, those left out before `learning_star
 """
 
 
+def learning_rate_share(config: AgentConfig, steps: int) -> float:
+    """The share of the config's learning rates that is left after so many environment steps, in [0, 1]."""
+    if config.hyperparameters.learning_rate_schedule == "constant":
+        return 1.0
+    return max(0.0, 1.0 - steps / config.training.steps)
+
+
+def scale_learning_rates(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
+    """Set every parameter group's ``lr`` to this share of what it was at first."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group.setdefault("initial_lr", group["lr"])
+
+
 def optimize_when_due(
-    rl_state: RLState, hyperparameters: Hyperparameters, updates_per_step: Fraction, plan: Plan, *, finish: bool = False
+    rl_state: RLState, config: AgentConfig, updates_per_step: Fraction, plan: Plan, *, finish: bool = False
 ) -> RLState:
     """The updates that are due since the last call, `updates_per_call` of them at a time, then the meta steps.
 
     Fewer than that wait for the next call, if this is not to `finish`.
     """
     state: LearnerState = rl_state.agent_state
+    hyperparameters = config.hyperparameters
     before, state.learned_steps = state.learned_steps, state.steps
     if state.steps <= hyperparameters.learning_starts:
         return rl_state
+    if hyperparameters.learning_rate_schedule != "constant":
+        # From the counter alone: so a resumed run needs no more than that, also where it is to be a longer one.
+        scale_learning_rates(state.optimizers.values(), learning_rate_share(config, state.steps))
     random_key = rl_state.random_key
     first = math.floor(max(before, hyperparameters.learning_starts) * updates_per_step) - state.held_back
     last = math.floor(state.steps * updates_per_step)
