@@ -22,7 +22,7 @@ namespace py = pybind11;
 namespace angle {
 namespace {
 
-using Addresses = py::array_t<int64_t, py::array::c_style>;
+using Addresses = std::vector<uintptr_t>;
 using Numbers = py::array_t<double, py::array::c_style>;
 using Options = py::typing::Dict<py::str, py::object>;
 using Outcome = py::typing::Tuple<py::int_, py::int_, py::float_, py::object>;
@@ -95,7 +95,7 @@ class Reader {
   template <class T>
   T* address() {
     if (next_ == end_) throw std::invalid_argument("too few addresses");
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(*next_++));
+    return reinterpret_cast<T*>(*next_++);
   }
   AdamGroup group() {
     if (end_group_ - group_ < 6) throw std::invalid_argument("too few numbers of Adam");
@@ -115,8 +115,8 @@ class Reader {
   }
 
  private:
-  const int64_t* next_;
-  const int64_t* end_;
+  const uintptr_t* next_;
+  const uintptr_t* end_;
   const double* group_;
   const double* end_group_;
 };
@@ -174,7 +174,7 @@ class PyLearner {
     request.bound_by_buffer = (flags & 4) != 0;
     calls_.clear();
     for (const auto& [key, policy_steps, copies] : calls) calls_.push_back({key, policy_steps, copies});
-    const auto at = [&](size_t i) { return reinterpret_cast<uint8_t*>(static_cast<uintptr_t>(places.data()[i])); };
+    const auto at = [&](size_t i) { return reinterpret_cast<uint8_t*>(places[i]); };
     for (size_t i = 0; i < 8; ++i) batch_.tensors[i] = at(i);
     for (size_t i = 0; i < 8; ++i) policy_batch_.tensors[i] = at(8 + i);
     Reader reader(addresses, groups);

@@ -56,13 +56,22 @@ class NativeEngine:
         self.why = f"{reason}; {_core.isa()}{in_bfloat16}, {self.threads} thread{'s' if self.threads > 1 else ''}"
         self._precision = precision
         self._networks = networks_of(update)
-        self._pairs = [
-            (parameter, target, network.optimizer)
+        self._dtype = self._networks[0].layers[0][0].dtype
+        nothing = torch.empty(0, dtype=self._dtype)
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor, str]] = [
+            (parameter, nothing if target is None else target, network.optimizer)
             for network in self._networks
             for layer, slow in zip(network.layers, network.targets, strict=True)
             for parameter, target in zip(layer, slow, strict=True)
         ]
-        self._dtype = self._pairs[0][0].dtype
+        if update.log_entropy_coefficient is not None:
+            self._pairs.append((update.log_entropy_coefficient, nothing, "entropy_coefficient"))
+        own = self._dtype
+        self._dtypes = [own, own, own, torch.float32, own] * len(self._pairs)
+        self._sizes = [
+            size for parameter, slow, _ in self._pairs for size in (*[parameter.numel()] * 3, 1, slow.numel())
+        ]
+        self._asked: list[Any] = []
         self._learner = self._make()
 
     # What the engine does ----------
@@ -116,44 +125,38 @@ class NativeEngine:
 
     # Where the tensors are ----------
 
-    def _tensors(self) -> tuple[list[torch.Tensor], Array, Array]:
-        """All tensors that an update changes, their addresses, and the numbers of Adam, as `Learner.run` takes them."""
-        optimizers = self._update.optimizers
-        changed: list[torch.Tensor] = []
-        addresses: list[int] = []
-        groups: list[float] = []
-        numbers = {name: _groups(optimizer) for name, optimizer in optimizers.items()}
-        pairs = self._pairs
-        if self._update.log_entropy_coefficient is not None:
-            pairs = [*pairs, (self._update.log_entropy_coefficient, None, "entropy_coefficient")]
-        for parameter, target, name in pairs:
-            self._append(parameter, target, optimizers[name], changed, addresses)
-            groups += numbers[name][parameter]
-        return changed, np.array(addresses, np.int64), np.array(groups, np.float64)
+    def _tensors(self) -> tuple[list[torch.Tensor], list[int], Array]:
+        """All tensors that an update changes, their addresses, and the numbers of Adam, as `Learner.run` takes them.
 
-    def _append(
-        self,
-        parameter: torch.Tensor,
-        target: torch.Tensor | None,
-        optimizer: torch.optim.Optimizer,
-        changed: list[torch.Tensor],
-        addresses: list[int],
-    ) -> None:
-        state = adam_state(optimizer, parameter)
-        step = state["step"]
-        tensors = [parameter, state["exp_avg"], state["exp_avg_sq"]]
-        if target is not None:
-            tensors.append(target)
-        for tensor in tensors:
-            if tensor.dtype is not self._dtype or not tensor.is_contiguous() or tensor.shape != parameter.shape:
-                raise _moved(tensor, parameter, self._dtype)
-        if step.dtype is not torch.float32:
-            raise TypeError(f"Adam's step has the dtype {step.dtype}; the native engine counts in torch.float32")
-        changed += tensors
-        changed.append(step)
-        addresses += [tensor.data_ptr() for tensor in tensors[:3]]
-        addresses.append(step.data_ptr())
-        addresses.append(0 if target is None else target.data_ptr())
+        Five a parameter: its own, Adam's two means and step, and the target's or an empty one, whose address is 0.
+        """
+        optimizers = self._update.optimizers
+        tensors: list[torch.Tensor] = []
+        for parameter, target, name in self._pairs:
+            state = optimizers[name].state[parameter] or adam_state(optimizers[name], parameter)
+            tensors += (parameter, state["exp_avg"], state["exp_avg_sq"], state["step"], target)
+        as_before = (
+            [tensor.dtype for tensor in tensors] == self._dtypes
+            and [tensor.numel() for tensor in tensors] == self._sizes
+            and all(map(torch.Tensor.is_contiguous, tensors))
+        )
+        if not as_before:
+            raise _moved(tensors, self._dtypes, self._sizes)
+        return tensors, [tensor.data_ptr() for tensor in tensors], self._numbers()
+
+    def _numbers(self) -> Array:
+        """Six numbers for each parameter, see `_groups`; worked out anew where an optimizer's have changed."""
+        optimizers = self._update.optimizers
+        asked = [
+            (name, len(group["params"]), group["lr"], group["betas"], group["eps"], group["weight_decay"])
+            for name, optimizer in optimizers.items()
+            for group in optimizer.param_groups
+        ]
+        if asked != self._asked:
+            own = {name: _groups(optimizer) for name, optimizer in optimizers.items()}
+            self._adam = np.array([own[name][parameter] for parameter, _, name in self._pairs], np.float64).ravel()
+            self._asked = asked
+        return self._adam
 
     def _make(self) -> Any:
         spec, update = self._spec, self._update
@@ -209,7 +212,7 @@ class NativeEngine:
         losses = torch.zeros(2, dtype=self._dtype)
         self._losses, self._critic_loss, self._policy_loss = losses.numpy(), losses[0], losses[1]
         results = [self._q, self._td_error, self._log_prob]
-        self._places = np.array([t.data_ptr() for t in (*tensors, *policy_tensors, *results)], np.int64)
+        self._places = [t.data_ptr() for t in (*tensors, *policy_tensors, *results)]
         return learner
 
 
@@ -322,10 +325,13 @@ def _groups(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, list[float]]
     return found
 
 
-def _moved(tensor: torch.Tensor, parameter: torch.Tensor, dtype: torch.dtype) -> Exception:
+def _moved(tensors: list[torch.Tensor], dtypes: list[torch.dtype], sizes: list[int]) -> Exception:
+    for tensor, dtype, size in zip(tensors, dtypes, sizes, strict=True):
+        if tensor.dtype != dtype or tensor.numel() != size or not tensor.is_contiguous():
+            break
     return TypeError(
-        f"a tensor of the shape {list(tensor.shape)} and dtype {tensor.dtype} is no longer what the native engine was "
-        f"made for: contiguous, {dtype}, of the shape {list(parameter.shape)}"
+        f"a tensor of the shape {list(tensor.shape)}, strides {list(tensor.stride())} and dtype {tensor.dtype} is no "
+        f"longer what the native engine was made for: contiguous, {dtype}, {size} elements"
     )
 
 
