@@ -56,7 +56,7 @@ class NativeEngine:
         self.why = f"{reason}; {_core.isa()}{in_bfloat16}, {self.threads} thread{'s' if self.threads > 1 else ''}"
         self._precision = precision
         self._networks = networks_of(update)
-        self._dtype = self._networks[0].layers[0][0].dtype
+        self._dtype = next(update.critics.parameters()).dtype
         nothing = torch.empty(0, dtype=self._dtype)
         self._pairs: list[tuple[torch.Tensor, torch.Tensor, str]] = [
             (parameter, nothing if target is None else target, network.optimizer)
