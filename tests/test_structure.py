@@ -32,7 +32,7 @@ FLOORS = [
     ["runs"],
     ["engines"],
     ["agents"],
-    ["episodes", "evaluation"],
+    ["episodes", "evaluation", "overlap"],
     ["trainer"],
     ["testing"],
     ["bench"],

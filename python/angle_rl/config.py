@@ -151,6 +151,7 @@ class Training:
     # executes the updates: torch takes any network, native our own ones on a CPU; auto: the fastest that takes them
     engine: Literal["auto", "torch", "native"] = "auto"
     learner_threads: Count | None = None  # native, threads that share one update; None: the engine's own choice
+    overlap: bool = False  # updates are taken in a thread of their own while the environments step; not reproducible
     # native, what its matrix products multiply in (they add in float32, and parameters stay as they are)
     precision: Literal["float32", "bfloat16"] = "float32"
 
