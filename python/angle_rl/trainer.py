@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from angle_rl.feed import (
     unscaled_reward,
     wrap_feed,
 )
+from angle_rl.overlap import learning_apart, overlap_refusal
 from angle_rl.types import Array, EnvironmentState, RandomKey, RLState
 
 AGENTS: dict[str, Callable[..., Agent]] = {
@@ -50,7 +51,7 @@ FEED = "feed."  # before the names of the feed's arrays in a checkpoint
 
 
 class AgentTrainer:
-    """Runs an agent: data feed, replay, critic steps, policy steps, meta steps. One thread.
+    """Runs an agent: data feed, replay, critic steps, policy steps, meta steps. To be used by one thread.
 
     Args:
         config: everything that is not given below.
@@ -64,6 +65,11 @@ class AgentTrainer:
         q_future: ``f(target_critics, next_observations, next_actions)``; None: the target critics' minimum.
         evaluation_feed: where `evaluate` runs, of one environment; None: one like the training's. It is wrapped
             as the training's feed is (history, normalisation).
+        overlap: whether updates are taken in a thread of their own while the environments step; None: the config's.
+            As many updates, of the same keys, as without; at most `overlap.LEAD` of them wait, and actions come from
+            a copy of the newest weights. Everything else stays in the thread that calls `train`: environments,
+            callbacks, meta steps, evaluations, checkpoints; the last three wait for the learner, as does
+            whatever else reads networks. Runs cannot be repeated bit for bit then.
 
     Raises ValueError or TypeError where these contradict the config or one another.
     """
@@ -80,6 +86,7 @@ class AgentTrainer:
         *,
         q_future: QFuture | None = None,
         evaluation_feed: Any = None,
+        overlap: bool | None = None,
     ) -> None:
         if not isinstance(config, AgentConfig):
             raise TypeError(f"config is a {type(config).__name__}; it must be an AgentConfig")
@@ -88,6 +95,7 @@ class AgentTrainer:
         if agent is not None and q_future is not None:
             raise ValueError("q_future and agent are both given; such an agent takes q_future itself")
         check_device(config.training.device)
+        config = config if overlap is None else config.replace(overlap=overlap)
         self.config = config
         self.run_folder: Path | None = None
         self.steps = 0
@@ -111,6 +119,9 @@ class AgentTrainer:
             replay=replay,
             meta=meta,
         )
+        refusal = overlap_refusal(self.agent, agent_state) if config.training.overlap else None
+        if refusal is not None:
+            raise ValueError(f"overlap is True; {refusal}")
         nothing_seen: Any = None  # until train() begins
         self._rl_state = RLState(agent_state, nothing_seen, run_key, 0, 0, None)
         self._episode_returns = np.zeros(self.feed.num_environments)
@@ -248,7 +259,8 @@ class AgentTrainer:
                 self.steps += int(seen.stepped.sum())
                 # sample, target, critic step; policy and meta step where due
                 state = self._learn(state, self.agent.optimize_model)
-                if episodes is not None:
+                if episodes is not None and episodes.state_to_trajectory is not None:
+                    self._rest()
                     episodes.note(state)
                 state = self._end_episodes(state._replace(iteration=state.iteration + 1), run, episodes)
                 self._rl_state = state
@@ -287,6 +299,7 @@ class AgentTrainer:
         return state._replace(agent_state=agent_state, random_key=random_key)
 
     def _complete_episode(self, state: RLState, episodes: Episodes, run: runs.Run) -> None:
+        self._rest()
         if episodes.episode_completed is not None:
             episodes.episode_completed(state, state.episode, state.iteration)
         if episodes.checkpoint_filter is None or not episodes.checkpoint_filter(state, state.episode):
@@ -317,6 +330,12 @@ class AgentTrainer:
             self._save_to(run)
             raise
         return seen
+
+    def _rest(self) -> None:
+        """Wait for the learner, if it has a thread of its own: what it learned and counted may be read then."""
+        learner = self._of_agent("learner")
+        if learner is not None:
+            self._learn(self._rl_state, lambda state: learner.rest() or state)
 
     def _learn(self, state: RLState, learn: Callable[[RLState], RLState]) -> RLState:
         try:
@@ -358,6 +377,7 @@ class AgentTrainer:
 
     def _metrics(self) -> dict[str, float]:
         """What there is to log of the newest update."""
+        self._rest()
         metrics = {
             "updates": float(self.updates),
             "skipped_updates": float(self.skipped_updates),
@@ -376,6 +396,7 @@ class AgentTrainer:
         finish_updates = getattr(self.agent, "finish_updates", None)
         if finish_updates is not None and not interrupted:
             self._rl_state = self._learn(self._rl_state, finish_updates)
+        self._rest()
         evaluation = None if interrupted else self._evaluate_into(run)
         self._save_to(run)
         run.plot()
@@ -395,7 +416,11 @@ class AgentTrainer:
             )
             stack.enter_context(progress)
             stack.enter_context(torch_threads(self.config.training.threads))
-            yield run, progress, stack.enter_context(interrupts())
+            interrupted = stack.enter_context(interrupts())
+            # Last, so that it ends first; its thread takes over torch's number of threads.
+            overlap = self.config.training.overlap
+            stack.enter_context(learning_apart(self._rl_state.agent_state) if overlap else nullcontext())
+            yield run, progress, interrupted
 
     def _open_run(self) -> runs.Run:
         service, training = self.config.service, self.config.training
@@ -423,6 +448,7 @@ class AgentTrainer:
         evaluation meets the same initial states. TypeError where the agent has no policy, ValueError where no
         feed like the training's can be made and no `evaluation_feed` was given.
         """
+        self._rest()
         episodes = self.config.training.evaluation_episodes if episodes is None else episodes
         if episodes < 1:
             raise ValueError(f"episodes is {episodes}; it must be at least 1")
@@ -496,6 +522,7 @@ class AgentTrainer:
         """
         if not self._saves:
             raise TypeError(f"{type(self.agent).__name__} has no export_state(agent_state); it cannot be loaded")
+        self._rest()
         path = Path(path)
         found = runs.newest_checkpoint(path) if (path / runs.CONFIG_FILE).exists() else path
         if found is None:
@@ -542,6 +569,7 @@ class AgentTrainer:
         return hasattr(self.agent, "export_state")
 
     def _exported(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        self._rest()
         agent: Any = self.agent
         tensors, values = agent.export_state(self._rl_state.agent_state)
         tensors |= {FEED + name: torch.as_tensor(array) for name, array in export_feed_state(self.feed).items()}

@@ -36,6 +36,7 @@ from angle_rl.config import AgentConfig, Hyperparameters
 from angle_rl.encoders import EncodedCritics, EncodedPolicy, ObservationEncoder
 from angle_rl.engines import Engine, make_engine
 from angle_rl.engines.base import Bounds, NextValues, PolicyLoss, Update
+from angle_rl.engines.native import usable_threads
 from angle_rl.models import TwinQ
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
 from angle_rl.types import Array, Batch, EnvironmentState, RandomKey, RLState, UpdateSpec
@@ -114,14 +115,15 @@ class ActorCritic:
         """Actions to take before learning starts, ``[n, *action_shape]``, uniform."""
         return uniform_actions(state.bounds, n, key)
 
+    @known_as("ours")
     def explore(self, state: ActorCriticState, observations: Any, n: int, key: RandomKey) -> torch.Tensor:
         """Actions to take while learning, ``[n, *action_shape]``: the policy's, with noise where there is any."""
         shape, process = (n, *state.bounds.shape), self._noise_process
         if process == "none":
-            return policy_actions(state.policy, observations, shape, key, deterministic=self.explores_from_mean)[0]
+            return policy_actions(state.acting(), observations, shape, key, deterministic=self.explores_from_mean)[0]
         policy_key, noise_key = key.split(2)
         actions, _ = policy_actions(
-            state.policy, observations, shape, policy_key, deterministic=self.explores_from_mean
+            state.acting(), observations, shape, policy_key, deterministic=self.explores_from_mean
         )
         scale = state.exploration.scale(state.steps)
         if process == "gaussian":
@@ -223,6 +225,7 @@ class ActorCritic:
             state.noise[torch.from_numpy(begins_anew(seen))] = mean
         return state, random_key
 
+    @known_as("ours")
     def select_action(self, rl_state: RLState, iteration: int) -> tuple[Array, RLState]:
         """Uniform random actions until `learning_starts`, the exploring policy's from then on."""
         state: ActorCriticState = rl_state.agent_state
@@ -235,6 +238,7 @@ class ActorCritic:
                 actions = self.explore(state, as_tensors(observations, state.device), n, key)
         return actions.cpu().numpy(), rl_state._replace(random_key=random_key)
 
+    @known_as("ours")
     def record_observation(
         self, rl_state: RLState, action: Array, reward: Array, terminated: Array, next_rl_state: RLState
     ) -> RLState:
@@ -242,6 +246,7 @@ class ActorCritic:
         insert_stepped(rl_state, action, reward, terminated, next_rl_state)
         return next_rl_state
 
+    @known_as("ours")
     def optimize_model(self, rl_state: RLState) -> RLState:
         """The updates, policy steps and meta steps that are due since the last call.
 
@@ -249,6 +254,7 @@ class ActorCritic:
         """
         return optimize_when_due(rl_state, self.config, self._updates_per_step, self._plan)
 
+    @known_as("ours")
     def finish_updates(self, rl_state: RLState) -> RLState:
         """The updates that wait for `updates_per_call`, taken now. Raises as `optimize_model`."""
         return optimize_when_due(rl_state, self.config, self._updates_per_step, self._plan, finish=True)
@@ -407,11 +413,15 @@ def check_replay(replay: Any, config: AgentConfig) -> None:
 
 
 def configured_engine(config: AgentConfig, spec: UpdateSpec, update: Update) -> Engine:
-    """The engine that the config asks for. ValueError where it asks for one that does not take the update."""
+    """The engine that the config asks for. ValueError where it asks for one that does not take the update.
+
+    Under `overlap` the engine's own choice of threads leaves a core to whoever acts.
+    """
     training = config.training
-    return make_engine(
-        spec, update, training.engine, learner_threads=training.learner_threads, precision=training.precision
-    )
+    threads = training.learner_threads
+    if threads is None and training.overlap:
+        threads = usable_threads(busy=1)
+    return make_engine(spec, update, training.engine, learner_threads=threads, precision=training.precision)
 
 
 def check_policy(policy: torch.nn.Module) -> None:

@@ -154,6 +154,7 @@ class DQN:
         state.exploration.reset(rl_state.environment_state)
         return state, random_key
 
+    @known_as("ours")
     def select_action(self, rl_state: RLState, iteration: int) -> tuple[Array, RLState]:
         """``[n]`` actions, uniform until `learning_starts`, epsilon-greedy from then on."""
         state: DQNState = rl_state.agent_state
@@ -163,12 +164,13 @@ class DQN:
         greedy = torch.zeros(n, dtype=torch.int64)
         if epsilon < 1.0:
             with torch.no_grad():
-                q = state.critics(as_tensors(observations, state.device))
+                q = state.acting()(as_tensors(observations, state.device))
             _check_q(q, n, state.actions)
             greedy = q.argmax(1)
         actions = epsilon_greedy(greedy, state.actions, epsilon, key) + state.first_action
         return actions.numpy(), rl_state._replace(random_key=random_key)
 
+    @known_as("ours")
     def record_observation(
         self, rl_state: RLState, action: Array, reward: Array, terminated: Array, next_rl_state: RLState
     ) -> RLState:
@@ -176,6 +178,7 @@ class DQN:
         insert_stepped(rl_state, action, reward, terminated, next_rl_state)
         return next_rl_state
 
+    @known_as("ours")
     def optimize_model(self, rl_state: RLState) -> RLState:
         """The updates and meta steps that are due since the last call.
 
@@ -183,6 +186,7 @@ class DQN:
         """
         return optimize_when_due(rl_state, self.config, self._updates_per_step, self._plan)
 
+    @known_as("ours")
     def finish_updates(self, rl_state: RLState) -> RLState:
         """The updates that wait for `updates_per_call`, taken now. Raises as `optimize_model`."""
         return optimize_when_due(rl_state, self.config, self._updates_per_step, self._plan, finish=True)

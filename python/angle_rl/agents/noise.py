@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ def action_bounds(space: gymnasium.Space[object], device: torch.device, agent: s
     if not bool((low < high).all()):
         raise ValueError(f"action_space is {space}; every low bound must be less than its high bound")
     return ActionBounds(low=low, high=high, half_range=(high - low) / 2)
+
+
+_GENERATORS = threading.RLock()  # who may seed torch's global generators
 
 
 def uniform_actions(bounds: ActionBounds, n: int, key: RandomKey) -> torch.Tensor:
@@ -129,8 +133,8 @@ def _device_of(policy: torch.nn.Module) -> torch.device:
 
 @contextmanager
 def seeded_torch(key: RandomKey, device: torch.device) -> Iterator[None]:
-    """Torch's global generators seeded from the key inside, and as they were afterwards."""
+    """Torch's global generators seeded from the key inside, and as they were afterwards. Other threads wait."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with _GENERATORS, torch.random.fork_rng(devices=devices):
         torch.manual_seed(key.seed())
         yield

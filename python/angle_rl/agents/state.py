@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -28,11 +29,39 @@ class LossNotFiniteError(ArithmeticError):
     """The third update in a row had a NaN or infinite loss or gradient."""
 
 
+class Learner(Protocol):
+    """Takes the updates in a thread of its own. Its methods belong to the thread that acts and records."""
+
+    def submit(self, works: list[Work]) -> None:
+        """Have these done in order, after what came before; wait while too many updates wait.
+
+        Raises what earlier work raised.
+        """
+        ...
+
+    def rest(self) -> None:
+        """Wait until all is done. Raises what it raised."""
+        ...
+
+    def acting(self) -> torch.nn.Module:
+        """A copy of the network that acts, with the newest weights; the same module every time."""
+        ...
+
+
+Work = tuple[int, Callable[[], None]]
+"""So many updates, and the call that takes them"""
+
+
 @dataclass(kw_only=True)
 class LearnerState:
-    """All that an agent with critics and a replay learns and counts. Changed in place by its agent."""
+    """All that an agent with critics and a replay learns and counts. Changed in place by its agent.
+
+    While there is a `learner`, the networks, optimisers, engine, `updates` and all that is counted with them, and
+    `last_update` are its thread's, unless it is at rest; the rest belongs to the thread that acts and records.
+    """
 
     networks: ClassVar[tuple[str, ...]] = ("critics", "target_critics")  # the fields that hold what is learned
+    acts_by: ClassVar[str] = "critics"  # the network among them that chooses actions
 
     critics: torch.nn.Module
     target_critics: torch.nn.Module
@@ -51,7 +80,12 @@ class LearnerState:
     skipped_in_a_row: int = 0  # since critic and policy losses and gradients were last finite
     policy_skipped: int = 0  # 1 if the newest policy loss, or its gradient, was not finite
     last_update: UpdateResult | None = None  # the newest update's batch, values and losses
+    learner: Learner | None = None  # takes the updates apart from the steps; None: they are taken where they are due
     engine: Engine = field(init=False)
+
+    def acting(self) -> Any:
+        """The network to choose actions by: the one that learns, or the learner's copy of it."""
+        return getattr(self, self.acts_by) if self.learner is None else self.learner.acting()
 
 
 @dataclass(kw_only=True)
@@ -59,6 +93,7 @@ class ActorCriticState(LearnerState):
     """All that an actor-critic learns and counts. Changed in place by its agent."""
 
     networks: ClassVar[tuple[str, ...]] = ("policy", "target_policy", "critics", "target_critics")
+    acts_by: ClassVar[str] = "policy"
 
     policy: torch.nn.Module
     target_policy: torch.nn.Module | None  # None: the target's actions come from the policy itself
@@ -151,16 +186,19 @@ def optimize_when_due(
 ) -> RLState:
     """The updates that are due since the last call, `updates_per_call` of them at a time, then the meta steps.
 
-    Fewer than that wait for the next call, if this is not to `finish`.
+    Fewer than that wait for the next call, if this is not to `finish`. What is due, and each update's key, is decided
+    here and now; where the state has a `learner`, that takes the updates, in this order. The meta steps wait for it.
     """
     state: LearnerState = rl_state.agent_state
     hyperparameters = config.hyperparameters
     before, state.learned_steps = state.learned_steps, state.steps
     if state.steps <= hyperparameters.learning_starts:
         return rl_state
+    works: list[Work] = []
     if hyperparameters.learning_rate_schedule != "constant":
         # From the counter alone: so a resumed run needs no more than that, also where it is to be a longer one.
-        scale_learning_rates(state.optimizers.values(), learning_rate_share(config, state.steps))
+        share = learning_rate_share(config, state.steps)
+        works.append((0, partial(scale_learning_rates, state.optimizers.values(), share)))
     random_key = rl_state.random_key
     first = math.floor(max(before, hyperparameters.learning_starts) * updates_per_step) - state.held_back
     last = math.floor(state.steps * updates_per_step)
@@ -172,10 +210,19 @@ def optimize_when_due(
         for _ in range(index, min(index + at_a_time, last)):
             update_key, random_key = random_key.split(2)
             keys.append(update_key)
-        _take_updates(state, keys, index, plan)
-    if state.meta is not None and state.last_update is not None:
-        for _ in range(crossings(hyperparameters.meta_update_interval, before, state.steps)):
-            state.meta.update_meta_learning_model(state.last_update.batch.observations, state.last_update.q)
+        works.append((len(keys), partial(_take_updates, state, keys, index, plan)))
+    if state.learner is None:
+        for _, work in works:
+            work()
+    elif works:
+        state.learner.submit(works)
+    meta_steps = 0 if state.meta is None else crossings(hyperparameters.meta_update_interval, before, state.steps)
+    if meta_steps > 0 and state.learner is not None:
+        state.learner.rest()
+    newest = state.last_update if meta_steps > 0 else None  # read where the learner is at rest only
+    if newest is not None:
+        for _ in range(meta_steps):
+            state.meta.update_meta_learning_model(newest.batch.observations, newest.q)
     return rl_state._replace(random_key=random_key)
 
 
