@@ -63,10 +63,9 @@ class Weights:
         """Copy the newest weights into these tensors, which hold copy `number`; returns the number of what they hold
         now. The fetching thread.
         """
-        while (newest := self._number) != number:
+        while (newest := self._number) != number:  # also after a copy: was it cut?
             _copy(self._buffers[newest % 2], own)
-            if self._number == newest:
-                number = newest
+            number = newest
         return number
 
 
