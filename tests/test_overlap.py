@@ -335,20 +335,18 @@ def test_ctrl_c_saves_at_rest_and_twice_ends_at_once(tmp_path, presses):
 
 
 def test_where_the_environment_fails_the_run_is_saved_at_rest(tmp_path):
-    def fails(observation, action, time_step=[0]):  # noqa: B006
-        time_step[0] += 1
-        if time_step[0] > 90:
+    def fails(observation, action):
+        if trainer.steps == 90:
             raise RuntimeError("out of order")
         return observation, 0.0
 
     feed = FunctionFeed(
-        lambda observation, action: fails(observation, action),
+        fails,
         initial_observation=np.array([0.5], np.float32),
         action_space=spaces.Box(-1, 1, (1,), np.float32),
         step_limit=10,
     )
     trainer = trainer_of(tmp_path, 1000, feed=feed)
-    trainer._can_evaluate = lambda: False
     with pytest.raises(RuntimeError, match="out of order"):
         trainer.train()
     resumed = trainer_of(tmp_path, 1000)
@@ -365,7 +363,7 @@ def test_what_cannot_be_taken_apart_is_refused(tmp_path):
         def init(self, random_key, **options):
             return {}, random_key
 
-    with pytest.raises(ValueError, match="overlap is True; Own has a explore of its own"):
+    with pytest.raises(ValueError, match="overlap is True; Own has its own explore"):
         trainer_of(tmp_path, kind=Own)
     with pytest.raises(ValueError, match="overlap is True; Else does not keep what it learns apart"):
         trainer_of(tmp_path, kind=lambda _: Else())

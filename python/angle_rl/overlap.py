@@ -33,7 +33,7 @@ def overlap_refusal(agent: Any, state: Any) -> str | None:
         return f"{name} does not keep what it learns apart from what it acts by (SAC, TD3, DDPG and DQN do)"
     for callback in CALLBACKS:
         if hasattr(agent, callback) and name_of(getattr(agent, callback)) != "ours":
-            return f"{name} has a {callback} of its own, which may touch what another thread learns"
+            return f"{name} has its own {callback}, which may touch what another thread learns"
     return None
 
 
