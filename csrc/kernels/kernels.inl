@@ -21,6 +21,7 @@ namespace {
 #include "kernels/vector.inl"
 #include "kernels/products.inl"
 #include "kernels/activations.inl"
+#include "kernels/acting.inl"
 #include "kernels/learner.inl"
 }  // namespace
 

@@ -378,6 +378,7 @@ double squared_norm(const T* x, size_t n) {
 template <typename T>
 constexpr LearnerKernelsOf<T> learner_kernels_of = {
     .product = product<T>,
+    .few_rows = few_rows<T>,
     .transpose = transpose<T>,
     .row_sums = row_sums<T>,
     .take_columns = take_columns,

@@ -45,6 +45,17 @@ struct Product {
   bool b_turned = false;  // b is given as [n, k]: a weight gradient's inputs as they lie, without a transpose before
 };
 
+// y[i, j] = bias[j] + sum over l of x[i, l] * weights[j, l], i < rows, j < outputs: a layer where acting, row by row, all
+// dense, nothing read beyond. On one ISA, a row of y is the same to the last bit whatever rows go with it.
+template <typename T>
+struct FewRows {
+  const T* x;        // [rows, inputs]
+  const T* weights;  // [outputs, inputs]
+  const T* bias;     // [outputs]
+  T* y;              // [rows, outputs], written
+  size_t rows, inputs, outputs;
+};
+
 // One step of Adam (Kingma and Ba 2015, arXiv:1412.6980), or of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)
 // where the decay is decoupled. Arithmetic as torch.optim.Adam's.
 template <typename T>
@@ -128,6 +139,7 @@ struct GaussianColumnsGradient {
 template <typename T>
 struct LearnerKernelsOf {
   void (*product)(const Product<T>&);
+  void (*few_rows)(const FewRows<T>&);
   // out[j, i] = in[i, j], i < rows, j < columns.
   void (*transpose)(const T* in, size_t in_row, T* out, size_t out_row, size_t rows, size_t columns);
   // out[i] = sum over j of in[i, j].
