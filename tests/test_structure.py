@@ -25,7 +25,7 @@ FLOORS = [
     ["spaces"],
     ["schema", "replay"],
     ["ops"],
-    ["models", "encoders"],
+    ["acting", "models", "encoders"],
     ["function_feed"],
     ["feed"],
     ["envs"],

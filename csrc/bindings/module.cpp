@@ -30,4 +30,5 @@ PYBIND11_MODULE(_core, m) {
   angle::bind_ops(m);
   angle::bind_floor(m);
   angle::bind_learner(m);
+  angle::bind_acting(m);
 }

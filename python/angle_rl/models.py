@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from angle_rl import ops
+from angle_rl import acting, ops
 from angle_rl.encoders import ObservationEncoder
 from angle_rl.spaces import Space
 
@@ -98,6 +98,10 @@ class PolicyModel(nn.Module):
             self.register_buffer("action_scale", scale, persistent=False)
             self.register_buffer("action_center", center, persistent=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: everything but what acting remembers of this very object."""
+        return {name: value for name, value in vars(self).items() if name != acting.PLAN}
+
     def noise_shape(self, batch: int) -> tuple[int, ...] | None:
         """Shape of the ``noise`` that ``sample_actions`` takes for ``batch`` rows; None: it takes none."""
         return None if self.action_dim is None else (batch, self.action_dim)
@@ -124,6 +128,10 @@ class PolicyModel(nn.Module):
             action in [-1, 1], before scaling to the bounds, so that it means the same for every environment;
             zeros where ``forward`` returns actions. Both carry gradients to the parameters.
         """
+        if not torch.is_grad_enabled() and type(self) in _COMPILED:
+            found = acting.sampled(self, observations, deterministic, noise, _COMPILED[type(self)])
+            if found is not None:
+                return found
         output = self(observations)
         if isinstance(output, Tensor):
             return output, output.new_zeros(output.shape[:-1])
@@ -209,6 +217,13 @@ class DeterministicPolicy(PolicyModel):
     def forward(self, observations: Tensor) -> Tensor:
         """``[batch, observation_dim] -> actions``, ``[batch, action_dim]`` within the bounds."""
         return self.scale_actions(self.head(self.body(observations)).tanh())
+
+
+_COMPILED: dict[type[PolicyModel], tuple[float, float] | None] = {
+    SquashedGaussianPolicy: LOG_STD_RANGE,
+    DeterministicPolicy: None,
+}
+"""The policies, exactly these, that a compiled pass may act for, and where it clamps `log_std`"""
 
 
 class TwinQ(nn.Module):
