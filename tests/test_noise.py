@@ -91,7 +91,7 @@ def test_ddpg_adds_the_process_to_its_policy_in_halves_of_the_range():
         action, rl_state = agent.select_action(rl_state, 0)
         expected = ornstein_uhlenbeck(expected, key.split(2)[1], sigma=0.3, theta=0.5, mu=0.1)
         with torch.no_grad():
-            mean = state.policy(torch.from_numpy(rl_state.environment_state.observation))
+            mean, _ = state.policy.sample_actions(torch.from_numpy(rl_state.environment_state.observation))
         low, high = torch.tensor(ACTIONS.low), torch.tensor(ACTIONS.high)
         assert torch.equal(torch.from_numpy(action), (mean + expected * HALF_RANGE).clamp(low, high))
         assert torch.equal(state.noise, expected)
