@@ -15,6 +15,7 @@
 
 namespace angle::ANGLE_ISA_NAME {
 namespace {
+// clang-format off: each uses what stands above it.
 #include "kernels/ops.inl"
 #include "kernels/random.inl"
 #include "kernels/replay.inl"
@@ -23,6 +24,7 @@ namespace {
 #include "kernels/activations.inl"
 #include "kernels/acting.inl"
 #include "kernels/learner.inl"
+// clang-format on
 }  // namespace
 
 extern const Kernels table;

@@ -34,7 +34,7 @@ struct Product {
   size_t a_row, a_step;  // one of them is 1
   const T* b;            // rows readable to the next kColumnMultiple
   size_t b_row;          // b[l, j] is b[l * b_row + j], or b[j * b_row + l] where b is turned
-  T* c;  // written only where i < m and j < n
+  T* c;                  // written only where i < m and j < n
   size_t c_row;
   size_t m, n, k;
   // f: adds bias[i], then kRelu sets what is negative to 0; where there is a gate, c is 0 unless gate[i, j] > 0.
@@ -45,8 +45,8 @@ struct Product {
   bool b_turned = false;  // b is given as [n, k]: a weight gradient's inputs as they lie, without a transpose before
 };
 
-// y[i, j] = bias[j] + sum over l of x[i, l] * weights[j, l], i < rows, j < outputs: a layer where acting, row by row, all
-// dense, nothing read beyond. On one ISA, a row of y is the same to the last bit whatever rows go with it.
+// y[i, j] = bias[j] + sum over l of x[i, l] * weights[j, l], i < rows, j < outputs: a layer where acting, row by row,
+// all dense, nothing read beyond. On one ISA, a row of y is the same to the last bit whatever rows go with it.
 template <typename T>
 struct FewRows {
   const T* x;        // [rows, inputs]
