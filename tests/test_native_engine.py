@@ -19,7 +19,7 @@ from reference.update import ReferenceUpdate
 from angle_rl import _core
 from angle_rl.agents import DDPG, DQN, SAC, TD3
 from angle_rl.config import AgentConfig, Hyperparameters, Training
-from angle_rl.engines import NativeEngine, TorchEngine
+from angle_rl.engines import NativeEngine, TorchEngine, native
 from angle_rl.replay import PrioritizedReplayBuffer
 from angle_rl.types import RandomKey
 
@@ -484,6 +484,27 @@ def changed(before, learner):
         for name, tensor in learner.tensors().items()
         if not torch.equal(tensor.nan_to_num(7.0), before[name].nan_to_num(7.0))
     }
+
+
+def test_threads_are_the_cores_that_may_be_used(tmp_path, monkeypatch):
+    for cpu in range(8):
+        (tmp_path / f"cpu{cpu}/topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}/topology/thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    siblings, quota = native._siblings, native._quota
+    monkeypatch.setattr(native, "_siblings", lambda cpu: siblings(cpu, tmp_path))
+    monkeypatch.setattr(native, "_quota", lambda: quota(tmp_path / "cpu.max"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert native.usable_threads() == 4  # eight logical CPUs are four cores
+    assert native.usable_threads(busy=1) == 3
+    assert native.usable_threads(batch_size=130) == 2
+    assert native.usable_threads(busy=9, batch_size=1) == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5, 2})
+    assert native.usable_threads() == 2
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    assert native.usable_threads() == 1
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert native.usable_threads() == 2
+    assert siblings(77, tmp_path) == "77"
 
 
 def test_an_empty_replay_is_an_error_that_says_so():

@@ -420,7 +420,7 @@ def configured_engine(config: AgentConfig, spec: UpdateSpec, update: Update) -> 
     training = config.training
     threads = training.learner_threads
     if threads is None and training.overlap:
-        threads = usable_threads(busy=1)
+        threads = usable_threads(busy=1, batch_size=spec.batch_size)
     return make_engine(spec, update, training.engine, learner_threads=threads, precision=training.precision)
 
 

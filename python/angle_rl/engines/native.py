@@ -50,7 +50,7 @@ class NativeEngine:
     ) -> None:
         self._spec = spec
         self._update = update
-        self.threads = usable_threads() if threads is None else threads
+        self.threads = usable_threads(batch_size=spec.batch_size) if threads is None else threads
         reason = "auto: our own networks on a CPU" if why == "auto" else "as configured"
         in_bfloat16 = ", bfloat16" if precision == "bfloat16" else ""
         self.why = f"{reason}; {_core.isa()}{in_bfloat16}, {self.threads} thread{'s' if self.threads > 1 else ''}"
@@ -338,10 +338,30 @@ def _moved(tensors: list[torch.Tensor], dtypes: list[torch.dtype], sizes: list[i
 # Threads ----------
 
 
-def usable_threads(busy: int = 0) -> int:
-    """Cores that this process may use (its affinity, its control group's share), less the busy ones; at least 1."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(affinity, _quota()) - busy)
+COLUMNS_A_THREAD = 64
+"""Rows of a batch below which a thread more costs as much in meetings as it helps"""
+
+
+def usable_threads(busy: int = 0, batch_size: int | None = None) -> int:
+    """Threads that an update may well take: the cores that this process may use, less the busy ones; at least 1.
+
+    That is physical cores of its affinity, at most its control group's share of time; and no more threads than have
+    work in a batch of this size.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
+    else:
+        cores = os.cpu_count() or 1
+    most = cores if batch_size is None else batch_size // COLUMNS_A_THREAD
+    return max(1, min(cores, _quota(), most + busy) - busy)
+
+
+def _siblings(cpu: int, root: Path = Path("/sys/devices/system/cpu")) -> str:
+    """Names the core that a logical CPU belongs to: all that share it, or itself where the system does not say."""
+    try:
+        return (root / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii").strip()
+    except OSError:
+        return str(cpu)
 
 
 def _quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
