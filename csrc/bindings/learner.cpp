@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/draw.h"
 
 namespace py = pybind11;
 
@@ -165,13 +166,7 @@ class PyLearner {
               uint32_t n_step, double discount, double importance_exponent, uint32_t flags,
               const std::vector<std::tuple<uint64_t, uint32_t, bool>>& calls) {
     if (places.size() != 19) throw std::invalid_argument("a call takes 19 places");
-    SampleRequest request{options_.batch};
-    request.n_step = n_step;
-    request.discount = discount;
-    request.importance_exponent = importance_exponent;
-    request.stratified = (flags & 1) != 0;
-    request.replacement = (flags & 2) != 0;
-    request.bound_by_buffer = (flags & 4) != 0;
+    const SampleRequest request = sample_request(options_.batch, n_step, discount, importance_exponent, flags);
     calls_.clear();
     for (const auto& [key, policy_steps, copies] : calls) calls_.push_back({key, policy_steps, copies});
     const auto at = [&](size_t i) { return reinterpret_cast<uint8_t*>(places[i]); };

@@ -8,9 +8,7 @@ namespace py = pybind11;
 namespace angle {
 
 void bind_random(py::module_& m) {
-  m.def(
-      "philox_split", [](uint64_t key, uint64_t index) { return philox(key, index, kSplit).low(); }, py::arg("key"),
-      py::arg("index"), "The index-th child of a 64-bit random key.");
+  m.def("philox_split", &philox_split, py::arg("key"), py::arg("index"), "The index-th child of a 64-bit random key.");
   m.def(
       "philox_uniform",
       [](uint64_t key, uintptr_t out, size_t n) { philox_uniform(key, reinterpret_cast<double*>(out), n); },

@@ -166,7 +166,7 @@ class PyReplay {
                                                             double importance_exponent, uint32_t flags) {
     Few<uint8_t*> addresses(maker_->tensors());
     auto out = blank_at(n, addresses.data());
-    draw_now(request(n, n_step, discount, importance_exponent, flags), addresses.data());
+    draw_now(sample_request(n, n_step, discount, importance_exponent, flags), addresses.data());
     return out;
   }
 
@@ -175,7 +175,7 @@ class PyReplay {
               const py::typing::Tuple<py::int_, py::ellipsis>& addresses) {
     Few<uint8_t*> pointers(maker_->tensors());
     read_addresses(addresses, pointers.data());
-    draw_now(request(n, n_step, discount, importance_exponent, flags), pointers.data());
+    draw_now(sample_request(n, n_step, discount, importance_exponent, flags), pointers.data());
   }
 
   // Draws into the tensors that `remember` was given last, which the facade had checked, or returns False and draws
@@ -184,7 +184,7 @@ class PyReplay {
                    py::handle tensors) {
     Few<uint8_t*> addresses(maker_->tensors());
     if (!known_.find(n, tensors, addresses.data())) return false;
-    draw_now(request(n, n_step, discount, importance_exponent, flags), addresses.data());
+    draw_now(sample_request(n, n_step, discount, importance_exponent, flags), addresses.data());
     return true;
   }
 
@@ -204,17 +204,6 @@ class PyReplay {
     }
   }
 
-  // flags: 1 stratified, 2 with replacement, 4 importance weights bound by the buffer.
-  static SampleRequest request(size_t n, uint32_t n_step, double discount, double importance_exponent, uint32_t flags) {
-    SampleRequest made{n};
-    made.n_step = n_step;
-    made.discount = discount;
-    made.importance_exponent = importance_exponent;
-    made.stratified = (flags & 1) != 0;
-    made.replacement = (flags & 2) != 0;
-    made.bound_by_buffer = (flags & 4) != 0;
-    return made;
-  }
   const std::shared_ptr<Replay>& replay() const { return replay_; }
 
   size_t update(uintptr_t handles, uintptr_t td_errors, bool is_double, size_t n) {
@@ -392,7 +381,7 @@ class PyPrefetch {
               double discount, double importance_exponent, uint32_t flags) {
     std::vector<uint8_t*> pointers(addresses.size());
     replay_.read_addresses(addresses, pointers.data());
-    prefetch_.submit(name, PyReplay::request(n, n_step, discount, importance_exponent, flags), std::move(pointers));
+    prefetch_.submit(name, sample_request(n, n_step, discount, importance_exponent, flags), std::move(pointers));
   }
 
   std::optional<uint64_t> take() {

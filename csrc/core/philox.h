@@ -36,6 +36,9 @@ inline PhiloxBlock philox(uint64_t key, uint64_t counter, uint64_t stream) {
 // Purposes that share a key.
 enum PhiloxStream : uint64_t { kSplit = 1, kUniform = 2, kNormal = 3, kSample = 4 };
 
+// The index-th child of a random key. O(1). Any thread.
+inline uint64_t philox_split(uint64_t key, uint64_t index) { return philox(key, index, kSplit).low(); }
+
 // Uniform in [0, 1) with 53 bits.
 inline double unit_double(uint64_t bits) { return static_cast<double>(bits >> 11) * 0x1p-53; }
 

@@ -36,12 +36,12 @@ class ActorCritic final : public Phases<T> {
  protected:
   bool one(const UpdateCall& call, size_t t) override {
     const bool last_thread = t + 1 == team.size();
-    const uint64_t target_key = split(call.key, 0);
+    const uint64_t target_key = philox_split(call.key, 0);
     // A subset of the critics is drawn with a key of its own, and then the rest with another.
-    if (last_thread) draw_next_noise(options.critic_subset > 0 ? split(target_key, 1) : target_key);
+    if (last_thread) draw_next_noise(options.critic_subset > 0 ? philox_split(target_key, 1) : target_key);
     const bool sampled = alone(t, [&] {
       outcome.policy_stepped = false;
-      choose_targets(split(target_key, 0));
+      choose_targets(philox_split(target_key, 0));
       draw(*batch, critic_rows);
       ++outcome.done;
     });
@@ -56,7 +56,7 @@ class ActorCritic final : public Phases<T> {
     if (!descend(kCritics, kCritics + 1, t)) return fail(t, UpdateOutcome::kCriticGradient);
 
     for (uint32_t step = 0; step < call.policy_steps; ++step) {
-      if (last_thread) draw_noise(split(call.key, 1 + step));
+      if (last_thread) draw_noise(philox_split(call.key, 1 + step));
       const bool ready = alone(t, [&] {
         if (options.fresh_policy_batch) draw(*policy_batch, policy_rows);
       });
@@ -146,7 +146,7 @@ class ActorCritic final : public Phases<T> {
     if (options.next_value == NextValue::kSoft) {
       philox_normal(key, next_noise, options.batch * options.action_dim);
     } else if (options.next_value == NextValue::kSmoothed) {
-      philox_normal(split(key, 1), next_noise, options.batch * options.action_dim);
+      philox_normal(philox_split(key, 1), next_noise, options.batch * options.action_dim);
     }
   }
   void draw_noise(uint64_t key) {

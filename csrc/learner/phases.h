@@ -21,9 +21,6 @@
 
 namespace angle {
 
-// The index-th child of a random key.
-inline uint64_t split(uint64_t key, uint64_t index) { return philox(key, index, kSplit).low(); }
-
 template <class T>
 const OpsKernelsOf<T>& ops_kernels() {
   if constexpr (sizeof(T) == sizeof(float))
@@ -187,6 +184,7 @@ class Phases : public Learner<T> {
       read(from, field, j * width, width, [&](size_t i, double value) { *to.at(i, j) = static_cast<T>(value); });
     }
   }
+
   // --- Phases by columns ---
 
   template <class Work>

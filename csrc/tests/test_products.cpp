@@ -12,30 +12,15 @@
 
 #include "doctest.h"
 #include "kernels/kernels.h"
+#include "learner_checks.h"
 #include "tables.h"
 
 using namespace angle;
+using angle::testing::learner_of;
+using angle::testing::normals;
 using angle::testing::tables;
 
 namespace {
-
-template <class T>
-const LearnerKernelsOf<T>& learner_of(const Kernels& table) {
-  if constexpr (std::is_same_v<T, float>) {
-    return table.learner.f32;
-  } else {
-    return table.learner.f64;
-  }
-}
-
-template <class T>
-std::vector<T> normals(size_t n, uint64_t seed) {
-  std::mt19937_64 random(seed);
-  std::normal_distribution<double> normal;
-  std::vector<T> values(n);
-  for (auto& value : values) value = static_cast<T>(normal(random));
-  return values;
-}
 
 // Numbers enough for every shape below, drawn once.
 template <class T>

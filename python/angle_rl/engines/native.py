@@ -186,7 +186,7 @@ class NativeEngine:
             options |= {
                 "action_dim": len(scale),
                 "critics": critics,
-                "critic_subset": getattr(spec, "critic_subset", None) or 0,
+                "critic_subset": spec.critic_subset or 0,
                 "target_policy": update.target_policy is not None,
                 "fresh_policy_batch": spec.policy_batch == "fresh",
                 "target_noise": spec.target_noise,
