@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 
+import gymnasium
 import numpy as np
 import pytest
+import scipy.stats
+import torch
 from replay_rows import SCHEMA, filled, rows
 
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
+from angle_rl.types import RandomKey
 
 
 def test_each_counter_counts_its_own():
@@ -157,3 +161,45 @@ def test_stats_of_shared_successors_count_rows_and_held_observations():
     assert stats["inserts"] == 24
     assert stats["size"] == len(buffer) < 10
     assert buffer.audit() == []
+
+
+# Batches of a key ---------------------------------------------------------------------------------------------
+
+
+BOX = gymnasium.spaces.Box(-100, 100, (1,))
+
+
+def numbered(kind=PrioritizedReplayBuffer):
+    buffer = kind(64, observation_space=BOX, action_space=BOX, seed=3)
+    rows = np.arange(40, dtype=np.float32)[:, None]
+    handles = buffer.insert(rows, rows, rows[:, 0], rows, np.zeros(40, bool))
+    if kind is PrioritizedReplayBuffer:
+        buffer.update_priorities(handles, np.linspace(0.1, 5.0, 40))
+    return buffer
+
+
+@pytest.mark.parametrize("kind", [ReplayBuffer, PrioritizedReplayBuffer])
+@pytest.mark.parametrize("replacement", [True, False])
+def test_a_batch_of_a_key_is_the_keys_and_leaves_the_buffer_as_it_was(kind, replacement):
+    asked, other = numbered(kind), numbered(kind)
+    before = asked.stats()
+    first, again, another = (asked.sample(16, key=RandomKey(k), replacement=replacement) for k in (7, 7, 8))
+    assert first.handles.equal(again.handles)
+    assert not first.handles.equal(another.handles)
+    assert asked.stats() == before
+    for left, right in zip(asked.sample(16), other.sample(16), strict=True):
+        assert left.equal(right)
+
+
+def test_a_batch_of_a_key_follows_the_priorities():
+    buffer = numbered()
+    drawn = torch.cat([buffer.sample(32, key=RandomKey(k)).handles for k in range(400)])
+    counts = torch.bincount(drawn, minlength=40).numpy()
+    due = (np.linspace(0.1, 5.0, 40) + 1e-6) ** 0.6
+    assert scipy.stats.chisquare(counts, due / due.sum() * counts.sum()).pvalue > 1e-4  # stratified: below independent
+
+
+def test_a_batch_of_a_key_is_not_for_out():
+    buffer = numbered()
+    with pytest.raises(ValueError, match="key and out are both given"):
+        buffer.sample(4, key=RandomKey(0), out=buffer.sample(4))

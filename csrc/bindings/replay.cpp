@@ -178,6 +178,17 @@ class PyReplay {
     draw_now(sample_request(n, n_step, discount, importance_exponent, flags), pointers.data());
   }
 
+  // A fresh batch whose draws the key decides; the buffer counts no call.
+  py::typing::Tuple<py::capsule, py::ellipsis> sample_by_key(size_t n, uint32_t n_step, double discount,
+                                                             double importance_exponent, uint32_t flags, uint64_t key) {
+    Few<uint8_t*> addresses(maker_->tensors());
+    auto out = blank_at(n, addresses.data());
+    SampleRequest made = sample_request(n, n_step, discount, importance_exponent, flags);
+    made.key = key;
+    draw_now(made, addresses.data());
+    return out;
+  }
+
   // Draws into the tensors that `remember` was given last, which the facade had checked, or returns False and draws
   // nothing when these are others, or one has moved or changed its length since.
   bool sample_into(size_t n, uint32_t n_step, double discount, double importance_exponent, uint32_t flags,
@@ -439,6 +450,8 @@ void bind_replay(py::module_& m) {
       .def("blank", &PyReplay::blank, py::arg("n"))
       .def("sample_fresh", &PyReplay::sample_fresh, py::arg("n"), py::arg("n_step"), py::arg("discount"),
            py::arg("importance_exponent"), py::arg("flags"))
+      .def("sample_by_key", &PyReplay::sample_by_key, py::arg("n"), py::arg("n_step"), py::arg("discount"),
+           py::arg("importance_exponent"), py::arg("flags"), py::arg("key"))
       .def("update", &PyReplay::update, py::arg("handles"), py::arg("td_errors"), py::arg("is_double"), py::arg("n"))
       .def("remove", &PyReplay::remove, py::arg("handles"), py::arg("n"))
       .def("set_priority_exponent", &PyReplay::set_priority_exponent, py::arg("exponent"))

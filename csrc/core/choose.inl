@@ -198,8 +198,9 @@ namespace {
 constexpr uint64_t kAttempts = 64, kScan = 2 * kAttempts + 1;
 
 // Bits of draw i's attempt, counted from 1; attempt 0 is the batch's own.
-inline uint64_t bits_of(uint64_t seed, uint64_t call, uint64_t attempt, size_t i) {
-  const PhiloxBlock block = philox(seed, call, (kSample | attempt << 8) + (static_cast<uint64_t>(i / 2) << 32));
+inline uint64_t bits_of(DrawSource source, uint64_t attempt, size_t i) {
+  const PhiloxBlock block =
+      philox(source.seed, source.call, (kSample | attempt << 8) + (static_cast<uint64_t>(i / 2) << 32));
   return i % 2 == 0 ? block.low() : block.high();
 }
 
@@ -213,15 +214,15 @@ inline uint64_t bits_of(uint64_t seed, uint64_t call, uint64_t attempt, size_t i
 // Without replacement: a draw that met a row already taken is made again among the others. That is the same as drawing
 // one after the other from what is left.
 template <class Access>
-void ReplayT<Access>::choose_distinct(const SampleRequest& request, uint64_t call, Overlay& overlay, Scratch& s) {
+void ReplayT<Access>::choose_distinct(const SampleRequest& request, DrawSource source, Overlay& overlay, Scratch& s) {
   // A uniform batch of most rows: the beginning of a random permutation of them all.
   const bool most = !prioritized() && 2 * request.n > size();
   for (size_t i = 0; i < request.n; ++i) {
     bool found = !most && usable(s.slots[i], s.words[i]) && !overlay.has(s.slots[i]);
     for (uint64_t attempt = 1; !found && !most && attempt <= kAttempts; ++attempt) {
-      found = choose_again(request, i, bits_of(header().seed, call, attempt, i), &overlay, s);
+      found = choose_again(request, i, bits_of(source, attempt, i), &overlay, s);
     }
-    if (!found && !choose_by_scan(i, bits_of(header().seed, call, kScan, i), &overlay, s)) too_few(request.n, i);
+    if (!found && !choose_by_scan(i, bits_of(source, kScan, i), &overlay, s)) too_few(request.n, i);
     overlay.take(s.slots[i], tree_.code.weight(s.words[i]));
   }
 }

@@ -16,6 +16,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -59,6 +60,13 @@ struct SampleRequest {
   bool stratified = true;        // one draw from each of n equal shares of the weight; false: independent draws
   bool replacement = true;       // false: no row twice in this batch
   bool bound_by_buffer = false;  // divide importance weights by the buffer's largest (at most 3.2 % high)
+  // Decides the draws in place of the buffer's seed and its count of calls; such a call is not counted.
+  std::optional<uint64_t> key = std::nullopt;
+};
+
+// What a call's random bits come from.
+struct DrawSource {
+  uint64_t seed, call;
 };
 
 // Where a batch goes. fields[f] has room for n rows of field f, or is nullptr to leave that field out.
@@ -111,7 +119,8 @@ class ReplayT {
   void insert(const InsertRows& rows, int64_t* handles);
 
   // Draws n rows. importance_weights = (P(i) / min P) ** -importance_exponent, 1 without priorities.
-  // Returns the call's number, counted up from 0, which decides its draws together with the seed.
+  // Returns the call's number, counted up from 0, which decides its draws together with the seed; 0 where the request
+  // has a key.
   // O(n * (levels + n_step * record) + top). Any thread. Lock-free. Throws NothingToSample.
   uint64_t sample(const SampleRequest& request, const SampleOut& out);
 
@@ -247,9 +256,9 @@ class ReplayT {
   bool choose_again(const SampleRequest& request, size_t i, uint64_t bits, Overlay* overlay, Scratch& s);
   bool choose_listed(size_t i, uint64_t bits, Overlay* overlay, Scratch& s);
   bool choose_by_scan(size_t i, uint64_t bits, Overlay* overlay, Scratch& s);
-  void choose_distinct(const SampleRequest& request, uint64_t call, Overlay& overlay, Scratch& s);
-  void draw(const SampleRequest& request, const SampleOut& out, uint64_t total, uint64_t call, Scratch& s);
-  void draw_again(const SampleRequest& request, const SampleOut& out, size_t i, uint64_t call, Overlay* overlay,
+  void choose_distinct(const SampleRequest& request, DrawSource source, Overlay& overlay, Scratch& s);
+  void draw(const SampleRequest& request, const SampleOut& out, uint64_t total, DrawSource source, Scratch& s);
+  void draw_again(const SampleRequest& request, const SampleOut& out, size_t i, DrawSource source, Overlay* overlay,
                   Scratch& s);
   bool complete(const SampleRequest& request, const SampleOut& out, size_t first, size_t count, Scratch& s);
   bool complete_all(const SampleRequest& request, const SampleOut& out, Scratch& s);

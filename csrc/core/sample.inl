@@ -312,7 +312,7 @@ bool ReplayT<Access>::complete_all(const SampleRequest& request, const SampleOut
 
 // The slow path: under weight in flight the sums promised more than the leaves held, or the row was overwritten.
 template <class Access>
-void ReplayT<Access>::draw_again(const SampleRequest& request, const SampleOut& out, size_t i, uint64_t call,
+void ReplayT<Access>::draw_again(const SampleRequest& request, const SampleOut& out, size_t i, DrawSource source,
                                  Overlay* overlay, Scratch& s) {
   const auto taken = [&] {
     complete(request, out, i, 1, s);
@@ -321,13 +321,13 @@ void ReplayT<Access>::draw_again(const SampleRequest& request, const SampleOut& 
   };
   for (uint64_t attempt = 1; attempt <= kAttempts; ++attempt) {
     word(header().retries).fetch_add(1, std::memory_order_relaxed);
-    const uint64_t bits = bits_of(header().seed, call, attempt + (overlay == nullptr ? 0 : kAttempts), i);
+    const uint64_t bits = bits_of(source, attempt + (overlay == nullptr ? 0 : kAttempts), i);
     if (choose_again(request, i, bits, overlay, s) && taken()) return;
   }
   // From ever new places on: a row met may be overwritten before it is copied.
   const uint64_t slots = slots_in_use();
   for (uint64_t step = 0; step < slots; ++step) {
-    if (!choose_by_scan(i, bits_of(header().seed, call, kScan + 1 + step, i), overlay, s)) break;
+    if (!choose_by_scan(i, bits_of(source, kScan + 1 + step, i), overlay, s)) break;
     if (taken()) return;
   }
   if (overlay != nullptr) too_few(request.n, i);
@@ -336,22 +336,22 @@ void ReplayT<Access>::draw_again(const SampleRequest& request, const SampleOut& 
 
 // One batch, all but its importance weights.
 template <class Access>
-void ReplayT<Access>::draw(const SampleRequest& request, const SampleOut& out, uint64_t total, uint64_t call,
+void ReplayT<Access>::draw(const SampleRequest& request, const SampleOut& out, uint64_t total, DrawSource source,
                            Scratch& s) {
   const size_t n = request.n;
-  kernels().replay.philox_draws(header().seed, call, kSample, s.bits.data(), n);
+  kernels().replay.philox_draws(source.seed, source.call, kSample, s.bits.data(), n);
   choose(request, total, s);
   if (request.replacement) {
     const bool whole = complete_all(request, out, s);
     for (size_t i = 0; !whole && i < n; ++i) {
-      if (s.whole[i] == 0) draw_again(request, out, i, call, nullptr, s);
+      if (s.whole[i] == 0) draw_again(request, out, i, source, nullptr, s);
     }
   } else {
     Overlay overlay(2 * n, tree_.shape());
-    choose_distinct(request, call, overlay, s);
+    choose_distinct(request, source, overlay, s);
     complete_all(request, out, s);
     for (size_t i = 0; i < n; ++i) {
-      if (s.whole[i] == 0) draw_again(request, out, i, call, &overlay, s);
+      if (s.whole[i] == 0) draw_again(request, out, i, source, &overlay, s);
     }
   }
 }
@@ -372,9 +372,15 @@ uint64_t ReplayT<Access>::sample(const SampleRequest& request, const SampleOut& 
   if (total <= 0 && inserts_are_done() && !choose_by_scan(0, 0, nullptr, s)) {
     throw NothingToSample("no row of the buffer has positive weight; nothing can be sampled");
   }
+  const uint64_t weight = static_cast<uint64_t>(std::max<int64_t>(total, 0));
+  if (request.key.has_value()) {
+    draw(request, out, weight, {*request.key, 0}, s);
+    write_weights(request, out, s);
+    return 0;
+  }
   const uint64_t call = word(h.sample_calls).fetch_add(1, std::memory_order_relaxed);
   try {
-    draw(request, out, static_cast<uint64_t>(std::max<int64_t>(total, 0)), call, s);
+    draw(request, out, weight, {h.seed, call}, s);
   } catch (...) {
     return_call(call, 0);  // nothing was drawn, so the next batch is the one that this would have been
     throw;

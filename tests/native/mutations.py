@@ -480,7 +480,7 @@ void descend_leaves(""",
     Mutation(
         name="the seed is ignored",
         promise=6,
-        edits=((SAMPLE, "philox_draws(header().seed, call,", "philox_draws(0, call,"),),
+        edits=((SAMPLE, "philox_draws(source.seed, source.call,", "philox_draws(0, source.call,"),),
         caught_by=("schedule", "alone"),
     ),
     # 7: a killed process costs only what it was writing.

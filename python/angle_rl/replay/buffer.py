@@ -25,7 +25,7 @@ from angle_rl.replay.images import frames_of, record_bytes, shares_successors
 from angle_rl.replay.prefetch import Prefetcher
 from angle_rl.replay.sharing import Place
 from angle_rl.schema import Schema, make_schema
-from angle_rl.types import Array, Batch
+from angle_rl.types import Array, Batch, RandomKey
 
 ImportanceExponent: TypeAlias = "float | Callable[[int], float]"
 """A number, or a schedule from the number of rows inserted so far to a number."""
@@ -379,6 +379,7 @@ class ReplayBuffer:
         replacement: bool | None = None,
         out: Batch | None = None,
         device: torch.device | str | None = None,
+        key: RandomKey | None = None,
     ) -> Batch:
         """Draw ``batch_size`` rows.
 
@@ -388,6 +389,8 @@ class ReplayBuffer:
             importance_exponent: at least 0; None: the buffer's. Without effect on a uniform buffer.
             out: a batch that an earlier call returned, to be filled again instead of allocating.
             device: where the tensors shall be; CUDA is reached by an asynchronous copy from pinned memory.
+            key: decides the draws, in place of the buffer's own random state, which stays as it is: later batches are
+                as if this one had not been drawn, and the statistics do not count it. Not together with ``out``.
 
         Returns:
             A :class:`~angle_rl.types.Batch` of fresh tensors, or ``out``. Every row was complete and of positive weight
@@ -401,6 +404,12 @@ class ReplayBuffer:
         "Prioritized experience replay", 2016, section 3.4).
         """
         arguments = self._sample_arguments(batch_size, n_step, discount, importance_exponent, stratified, replacement)
+        if key is not None:
+            if out is not None:
+                raise ValueError("key and out are both given; a batch of a key is a fresh one")
+            place = self._device if device is None else check_device(device)
+            drawn = map(_to_tensor, self._core.sample_by_key(*arguments, key.value))
+            return self._batches.assemble([tensor.to(place) for tensor in drawn])
         if device is not None or (out is None and self._device.type != "cpu"):
             return self._sample_to(self._device if device is None else check_device(device), arguments, out)
         if out is None:
