@@ -205,7 +205,7 @@ def test_td3_targets_are_smoothed_and_move_with_the_policy_only():
 def test_td3_policy_descends_the_first_critic():
     agent, state = made(TD3)
     batch = state.replay.sample(32)
-    loss, log_prob = agent.policy_loss(state, batch, RandomKey(0))
+    loss, log_prob, _ = agent.policy_loss(state, batch, RandomKey(0))
     expected = -state.critics(batch.observations, state.policy(batch.observations))[0].mean()
     assert log_prob is None
     assert torch.allclose(loss, expected)

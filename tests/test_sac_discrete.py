@@ -94,7 +94,7 @@ def test_target_policy_loss_and_coefficient_follow_the_equations():
     assert (future.log_prob, future.entropy_coefficient) == (None, 0.0)
     np.testing.assert_allclose(future.q.detach().numpy(), values[None], rtol=1e-4, atol=1e-6)
 
-    loss, log_prob = agent.policy_loss(state, batch, RandomKey(0))
+    loss, log_prob, _ = agent.policy_loss(state, batch, RandomKey(0))
     with torch.no_grad():
         probabilities = torch.softmax(state.policy(batch.observations).double(), -1).numpy()
         smallest = state.critics.action_values(batch.observations).double().numpy().min(0)

@@ -59,6 +59,7 @@ struct LearnerTensors {
   // The entropy coefficient's logarithm and its Adam, [1] each, where it is learned.
   AdamSlot<T> log_coefficient;
   double entropy_coefficient = 0.0;
+  double reward_scale = 1.0;  // on all rewards
 };
 
 enum class FieldKind : int { kFloat, kDouble, kInt64 };

@@ -56,6 +56,7 @@ class Phases : public Learner<T> {
     td_error_out = td_error;
     log_prob_out = log_prob;
     entropy_coefficient = tensors.entropy_coefficient;
+    reward_scale = tensors.reward_scale;
     calls = the_calls;
     count = n;
     outcome = {};
@@ -154,7 +155,7 @@ class Phases : public Learner<T> {
                         reinterpret_cast<int64_t*>(into.tensors[7])};
     replay->sample(request, out);
     const size_t n = options.batch;
-    read(into, 2, 0, n, [&](size_t i, double value) { rows.rewards[i] = static_cast<T>(value); });
+    read(into, 2, 0, n, [&](size_t i, double value) { rows.rewards[i] = static_cast<T>(value * reward_scale); });
     for (size_t i = 0; i < n; ++i) rows.discounts[i] = static_cast<T>(out.discounts[i]);
     for (size_t i = 0; i < n; ++i) rows.weights[i] = static_cast<T>(out.importance_weights[i]);
   }
@@ -217,7 +218,7 @@ class Phases : public Learner<T> {
   T* td_error_out = nullptr;
   T* log_prob_out = nullptr;
   UpdateOutcome outcome;
-  double entropy_coefficient = 0.0;
+  double entropy_coefficient = 0.0, reward_scale = 1.0;
 
   Workspace space;
   Rows critic_rows{}, policy_rows{};

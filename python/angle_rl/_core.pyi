@@ -235,7 +235,7 @@ class ProductFloor:
 class Learner:
     def __init__(self, replay: typing.Any, is_double: bool, options: dict[str, typing.Any], kinds: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         ...
-    def run(self, addresses: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], groups: typing.Annotated[numpy.typing.ArrayLike, numpy.float64], places: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], entropy_coefficient: typing.SupportsFloat | typing.SupportsIndex, n_step: typing.SupportsInt | typing.SupportsIndex, discount: typing.SupportsFloat | typing.SupportsIndex, importance_exponent: typing.SupportsFloat | typing.SupportsIndex, flags: typing.SupportsInt | typing.SupportsIndex, calls: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, bool]]) -> tuple[int, int, float, typing.Any]:
+    def run(self, addresses: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], groups: typing.Annotated[numpy.typing.ArrayLike, numpy.float64], places: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], entropy_coefficient: typing.SupportsFloat | typing.SupportsIndex, reward_scale: typing.SupportsFloat | typing.SupportsIndex, n_step: typing.SupportsInt | typing.SupportsIndex, discount: typing.SupportsFloat | typing.SupportsIndex, importance_exponent: typing.SupportsFloat | typing.SupportsIndex, flags: typing.SupportsInt | typing.SupportsIndex, calls: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, bool]]) -> tuple[int, int, float, typing.Any]:
         ...
     @property
     def nbytes(self) -> int:

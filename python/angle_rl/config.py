@@ -42,6 +42,7 @@ NotNegative = Annotated[float, In("[0, inf)")]
 Share = Annotated[float, In("[0, 1]")]
 PositiveShare = Annotated[float, In("(0, 1]")]
 Finite = Annotated[float, In("(-inf, inf)")]
+MetaParameter = Literal["discount", "reward_scale", "loss_weights", "entropy_coefficient", "critic_learning_rate"]
 Seed = Annotated[int, In("[0, 9223372036854775807]")]
 
 
@@ -77,7 +78,12 @@ class Hyperparameters:
     updates_per_call: Count = 1  # updates that one call of the engine takes; >1 waits until so many are due
     # environment steps between policy steps; auto: every update (SAC), every second one (TD3); None: off
     policy_update_interval: Count | Literal["auto"] | None = "auto"
-    meta_update_interval: Count | None = None  # environment steps from meta step to meta step; None: off
+    # environment steps from meta step to meta step; auto: 10 where there is a meta trainer; None: off
+    meta_update_interval: Count | Literal["auto"] | None = "auto"
+    meta: Literal["entropy", "critic", "gradient", "bootstrapped"] | None = None  # what MetaLearnerTrainer trains
+    meta_learning_rate: NotNegative = 1e-3  # Adam's step size for what that learns
+    # gradient and bootstrapped: the hyperparameters that are learned
+    meta_parameters: tuple[MetaParameter, ...] = ("discount",)
     policy_batch: Literal["critic", "fresh"] = "critic"  # the policy learns on the critic's batch or its own
     huber_delta: Positive | None = None  # Huber error beyond this |td_error|; None: squared error
     max_gradient_norm: Positive | None = None  # 2-norm to clip each network's gradients to
@@ -128,6 +134,8 @@ class Hyperparameters:
                 raise ValueError(f"critic_subset is {self.critic_subset}; agent {self.agent!r} has no such ensemble")
             if self.critic_subset > critics:
                 raise ValueError(f"critic_subset is {self.critic_subset}; it must be at most critics ({critics})")
+        if not self.meta_parameters:
+            raise ValueError("meta_parameters is (); at least 1 hyperparameter is needed")
         if self.batch_size > self.replay_capacity:
             raise ValueError(
                 f"batch_size is {self.batch_size}; it must be at most replay_capacity ({self.replay_capacity})"

@@ -124,8 +124,8 @@ def to_batch(space: Space, value: Any, n: int) -> Any:
     return map_space(lambda leaf, part: to_array(leaf, part, "a batch of observations", (n,)), space, value)
 
 
-def row_of(value: Any, index: int | Array) -> Any:
-    """One environment's part of a batch, not copied; or several environments', given an index array ``[k]``."""
+def row_of(value: Any, index: int | slice | Array | torch.Tensor) -> Any:
+    """One environment's part of a batch, not copied; or several environments', given a slice or indices ``[k]``."""
     if isinstance(value, Mapping):
         return {name: row_of(part, index) for name, part in value.items()}
     if isinstance(value, tuple):

@@ -29,14 +29,13 @@ from angle_rl.evaluation import Evaluation, check_device, interrupts, torch_thre
 from angle_rl.feed import (
     DataFeed,
     around,
-    export_feed_state,
-    import_feed_state,
     make_evaluation_feed,
     make_feed,
     unscaled_reward,
     wrap_feed,
 )
 from angle_rl.overlap import learning_apart, overlap_refusal
+from angle_rl.resuming import Progress, checkpoint_in, exported, restored, saves
 from angle_rl.types import Array, EnvironmentState, RandomKey, RLState
 
 AGENTS: dict[str, Callable[..., Agent]] = {
@@ -47,7 +46,6 @@ AGENTS: dict[str, Callable[..., Agent]] = {
     "dqn": DQN,
     "q_learning": QLearning,
 }
-FEED = "feed."  # before the names of the feed's arrays in a checkpoint
 
 
 class AgentTrainer:
@@ -60,7 +58,8 @@ class AgentTrainer:
         critics: a module ``(observations, actions) -> q  [critics, batch]`` in place of TwinQ.
         replay: a buffer in place of a new one; its discount and n_step must be the config's.
         meta: has `update_meta_learning_model(states, q)`, called every `meta_update_interval` steps with the
-            newest batch's observations and q values ``[critics, batch]``.
+            newest batch's observations and q values ``[critics, batch]``; a `MetaLearnerTrainer` is one, which from
+            then on belongs to this trainer.
         agent: an Agent in place of the config's.
         q_future: ``f(target_critics, next_observations, next_actions)``; None: the target critics' minimum.
         evaluation_feed: where `evaluate` runs, of one environment; None: one like the training's. It is wrapped
@@ -94,6 +93,9 @@ class AgentTrainer:
             raise TypeError(f"meta is a {type(meta).__name__}; it must have update_meta_learning_model(states, q)")
         if agent is not None and q_future is not None:
             raise ValueError("q_future and agent are both given; such an agent takes q_future itself")
+        named = config.hyperparameters.meta
+        if named is not None and meta is None:
+            raise ValueError(f"the config's meta is {named!r}; a MetaLearnerTrainer trains it")
         check_device(config.training.device)
         config = config if overlap is None else config.replace(overlap=overlap)
         self.config = config
@@ -109,6 +111,8 @@ class AgentTrainer:
             normalize_rewards=config.training.normalize_rewards,
             discount=config.hyperparameters.discount,
         )
+        if hasattr(meta, "bind_feed"):
+            self.feed = meta.bind_feed(self.feed)
         self._evaluation_source = evaluation_feed
         agent_state, _ = self.agent.init(
             agent_key,
@@ -390,6 +394,8 @@ class AgentTrainer:
                 metrics["loss/policy"] = float(newest.policy_loss)
         if self._of_agent("entropy_coefficient") is not None:
             metrics["entropy_coefficient"] = float(self._of_agent("entropy_coefficient"))
+        if hasattr(self.meta, "meta_metrics"):
+            metrics |= self.meta.meta_metrics()
         return metrics
 
     def _finish(self, run: runs.Run, interrupted: bool) -> Evaluation | None:
@@ -523,31 +529,9 @@ class AgentTrainer:
         if not self._saves:
             raise TypeError(f"{type(self.agent).__name__} has no export_state(agent_state); it cannot be loaded")
         self._rest()
-        path = Path(path)
-        found = runs.newest_checkpoint(path) if (path / runs.CONFIG_FILE).exists() else path
-        if found is None:
-            raise ValueError(f"{path} has no checkpoint yet")
-        tensors, saved = checkpoint.load(found)
-        agent: Any = self.agent
-        if saved.get("agent") != type(agent).__name__:
-            raise ValueError(f"{found} was saved by {saved.get('agent')}; the agent is {type(agent).__name__}")
-        feed_state = {name: tensors.pop(name) for name in list(tensors) if name.startswith(FEED)}
-        before = export_feed_state(self.feed)
-        import_feed_state(self.feed, {name.removeprefix(FEED): tensor for name, tensor in feed_state.items()})
-        try:
-            agent.import_state(self._rl_state.agent_state, tensors, saved["agent_state"])
-        except BaseException:
-            import_feed_state(self.feed, before)
-            raise
-        nothing_seen: Any = None
-        self.steps = saved["steps"]
-        self._rl_state = self._rl_state._replace(
-            environment_state=nothing_seen,
-            random_key=RandomKey(saved["random_key"]),
-            iteration=saved["iteration"],
-            episode=saved["episode"],
-        )
-        self._feed_key = RandomKey(saved["feed_key"])
+        found = checkpoint_in(Path(path))
+        progress = restored(found, self.agent, self.feed, self.meta, self._rl_state)
+        self.steps, self._rl_state, self._feed_key = progress
         self._last_checkpoint = found
 
     @classmethod
@@ -566,23 +550,12 @@ class AgentTrainer:
 
     @property
     def _saves(self) -> bool:
-        return hasattr(self.agent, "export_state")
+        return saves(self.agent)
 
     def _exported(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         self._rest()
-        agent: Any = self.agent
-        tensors, values = agent.export_state(self._rl_state.agent_state)
-        tensors |= {FEED + name: torch.as_tensor(array) for name, array in export_feed_state(self.feed).items()}
-        return tensors, {
-            "agent": type(agent).__name__,
-            "agent_state": values,
-            "steps": self.steps,
-            "iteration": self._rl_state.iteration,
-            "episode": self._rl_state.episode,
-            "random_key": self._rl_state.random_key.value,
-            "feed_key": self._feed_key.value,
-            "config": dataclasses.asdict(self.config),
-        }
+        progress = Progress(self.steps, self._rl_state, self._feed_key)
+        return exported(self.config, self.agent, self.feed, self.meta, progress)
 
     def _save_to(self, run: runs.Run) -> None:
         if self._saves:

@@ -13,6 +13,7 @@ import torch
 
 from angle_rl.agents.base import crossings, in_updates, known_as, name_of
 from angle_rl.agents.exploration import Exploration, make_schedule
+from angle_rl.agents.learning import begin_meta, learning_of
 from angle_rl.agents.noise import (
     ActionBounds,
     action_bounds,
@@ -203,6 +204,15 @@ class ActorCritic:
             exploration=Exploration(self._schedule),
         )
         self.finish_init(state)
+        learning = learning_of(
+            self.name,
+            self.config,
+            state,
+            q_values=lambda observations, actions: state.critics(observations, actions),
+            next_values=self.next_values,
+            policy_loss=self.policy_loss,
+        )
+        begin_meta(state, learning)
         state.engine = configured_engine(self.config, self._spec(state), self._update_parts(state))
         return state, random_key
 
@@ -345,6 +355,7 @@ class ActorCritic:
             after_policy_step=lambda learned: self.after_policy_step(state, learned),
             entropy_coefficient=lambda: state.entropy_coefficient,
             set_entropy_coefficient=state.set_entropy_coefficient,
+            reward_scale=lambda: state.reward_scale,
         )
 
 

@@ -57,4 +57,4 @@ def deterministic_policy_loss(state: ActorCriticState, batch: Batch, key: Random
     shape = (len(batch.rewards), *state.bounds.shape)
     actions, _ = policy_actions(state.policy, batch.observations, shape, key, deterministic=True)
     q = state.critics(batch.observations, actions)
-    return PolicyLoss(-q[0].mean(), None)
+    return PolicyLoss(-q[0].mean(), None, actions)

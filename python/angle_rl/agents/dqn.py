@@ -19,6 +19,7 @@ from angle_rl.agents.actor_critic import (
 )
 from angle_rl.agents.base import crossings, in_updates, known_as, name_of
 from angle_rl.agents.discrete import discrete_actions, epsilon_greedy, first_exploration, random_share, refuse_options
+from angle_rl.agents.learning import begin_meta, learning_of
 from angle_rl.agents.noise import seeded_torch
 from angle_rl.agents.state import (
     LearnerState,
@@ -30,6 +31,7 @@ from angle_rl.agents.state import (
 )
 from angle_rl.config import AgentConfig
 from angle_rl.engines.base import NextValues, PolicyLoss, Update
+from angle_rl.meta.base import Learning
 from angle_rl.models import QNetwork
 from angle_rl.types import Array, Batch, RandomKey, RLState, UpdateSpec
 
@@ -144,6 +146,7 @@ class DQN:
             actions=actions,
             first_action=first_action,
         )
+        begin_meta(state, self._learning(state))
         state.engine = configured_engine(self.config, self._spec(), self._update_parts(state))
         return state, random_key
 
@@ -233,6 +236,16 @@ class DQN:
             policy_loss="none",
         )
 
+    def _learning(self, state: DQNState) -> Learning:
+        return learning_of(
+            self.name,
+            self.config,
+            state,
+            q_values=partial(taken_q, state.critics, state.first_action),
+            next_values=lambda seen, batch, _: self.next_values(seen, batch),
+            policy_loss=None,
+        )
+
     def _update_parts(self, state: DQNState) -> Update:
         return Update(
             replay=state.replay,
@@ -249,6 +262,7 @@ class DQN:
             after_policy_step=lambda _: None,
             entropy_coefficient=lambda: None,
             set_entropy_coefficient=_no_entropy_coefficient,
+            reward_scale=lambda: state.reward_scale,
         )
 
 

@@ -111,10 +111,11 @@ def policy_actions(
     """
     actions: tuple[torch.Tensor, torch.Tensor | None]
     if not takes_noise(type(policy).sample_actions):
-        with seeded_torch(key, _device_of(policy)):
+        with seeded_torch(key, _device_and_dtype(policy)[0]):
             actions = policy.sample_actions(observations, deterministic)
         return actions
-    noise = None if deterministic else key.normal(*noise_shape).to(_device_of(policy))
+    device, dtype = _device_and_dtype(policy)
+    noise = None if deterministic else key.normal(*noise_shape, dtype=dtype).to(device)
     actions = policy.sample_actions(observations, deterministic, noise=noise)
     return actions
 
@@ -126,9 +127,12 @@ def takes_noise(sample_actions: Callable[..., Any]) -> bool:
     return "noise" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _device_of(policy: torch.nn.Module) -> torch.device:
+def _device_and_dtype(policy: torch.nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a policy's parameters are, and float64 where they are that: else noise is float32."""
     parameter = next(policy.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    if parameter is None:
+        return torch.device("cpu"), torch.float32
+    return parameter.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 @contextmanager

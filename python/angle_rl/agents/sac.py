@@ -56,7 +56,7 @@ class SAC(ActorCritic):
         log_prob = _required(log_prob)
         q = state.critics(batch.observations, actions)
         smallest = torch.minimum(q[0], q[1]) if len(q) == 2 else q.min(0).values
-        return PolicyLoss((_required(state.entropy_coefficient) * log_prob - smallest).mean(), log_prob)
+        return PolicyLoss((_required(state.entropy_coefficient) * log_prob - smallest).mean(), log_prob, actions)
 
     @known_as("entropy")
     def after_policy_step(self, state: ActorCriticState, learned: PolicyLoss) -> None:

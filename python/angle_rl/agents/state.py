@@ -22,6 +22,7 @@ from angle_rl.spaces import row_of
 from angle_rl.types import Array, EnvironmentState, RandomKey, RLState
 
 SKIPS_ALLOWED = 2
+META_INTERVAL = 10  # environment steps, what meta_update_interval="auto" means
 NOISE = "noise"  # the exploration noise's name in a checkpoint
 
 
@@ -79,6 +80,7 @@ class LearnerState:
     skipped_updates: int = 0  # updates left out for a loss or gradient that was not finite
     skipped_in_a_row: int = 0  # since critic and policy losses and gradients were last finite
     policy_skipped: int = 0  # 1 if the newest policy loss, or its gradient, was not finite
+    reward_scale: float = 1.0  # what all rewards are multiplied by
     last_update: UpdateResult | None = None  # the newest update's batch, values and losses
     learner: Learner | None = None  # takes the updates apart from the steps; None: they are taken where they are due
     engine: Engine = field(init=False)
@@ -216,7 +218,8 @@ def optimize_when_due(
             work()
     elif works:
         state.learner.submit(works)
-    meta_steps = 0 if state.meta is None else crossings(hyperparameters.meta_update_interval, before, state.steps)
+    interval = META_INTERVAL if hyperparameters.meta_update_interval == "auto" else hyperparameters.meta_update_interval
+    meta_steps = 0 if state.meta is None else crossings(interval, before, state.steps)
     if meta_steps > 0 and state.learner is not None:
         state.learner.rest()
     newest = state.last_update if meta_steps > 0 else None  # read where the learner is at rest only

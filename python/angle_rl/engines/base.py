@@ -24,6 +24,7 @@ class PolicyLoss(NamedTuple):
 
     loss: torch.Tensor  # scalar, differentiable in the policy's parameters
     log_prob: torch.Tensor | None  # [batch], of the actions that the loss was taken at
+    actions: torch.Tensor | None = None  # [batch, *action_shape], the policy's, which it was taken at
 
 
 class Bounds(NamedTuple):
@@ -60,6 +61,7 @@ class Update:
     # The entropy coefficient that the agent acts with: a scalar without gradient, or None where there is none
     entropy_coefficient: Callable[[], torch.Tensor | None]
     set_entropy_coefficient: Callable[[torch.Tensor], None]
+    reward_scale: Callable[[], float]  # what all rewards are multiplied by
 
 
 class UpdateResult(NamedTuple):

@@ -95,6 +95,7 @@ class NativeEngine:
             groups,
             self._places,
             0.0 if coefficient is None else float(coefficient),
+            update.reward_scale(),
             n_step,
             discount,
             importance_exponent,

@@ -43,7 +43,9 @@ class TorchEngine:
         batch = self._sample()
         with torch.no_grad():
             future = update.next_values(batch, target_key)
-            td_target = ops.twin_q_target(batch.rewards, batch.discounts, *future)
+            scale = update.reward_scale()
+            rewards = batch.rewards if scale == 1.0 else batch.rewards * scale
+            td_target = ops.twin_q_target(rewards, batch.discounts, *future)
         q = update.q_values(batch.observations, batch.actions)
         weights = batch.importance_weights if spec.prioritized else None
         critic_loss, td_error = ops.twin_q_loss(q, td_target, weights, huber_delta=spec.huber_delta)

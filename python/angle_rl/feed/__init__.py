@@ -16,6 +16,7 @@ from angle_rl.feed.history import HistoryFeed
 from angle_rl.feed.make import make_feed
 from angle_rl.feed.normalize import NormalizedFeed, wrap_feed
 from angle_rl.feed.protocol import DataFeed
+from angle_rl.feed.resets import ResetsFeed
 from angle_rl.feed.single import GymnasiumFeed
 from angle_rl.feed.statistics import RunningStatistics
 from angle_rl.feed.vector import VectorFeed
@@ -31,6 +32,7 @@ __all__ = [
     "GymnasiumFeed",
     "HistoryFeed",
     "NormalizedFeed",
+    "ResetsFeed",
     "RunningStatistics",
     "VectorEnvironmentError",
     "VectorFeed",

@@ -1,0 +1,8 @@
+"""Meta-learning: learners of an agent's own hyperparameters and losses, by gradients through its updates."""
+
+from __future__ import annotations
+
+from angle_rl.meta.base import Learning, MetaInputs, MetaLearner
+from angle_rl.meta.entropy import MetaEntropy
+
+__all__ = ["Learning", "MetaEntropy", "MetaInputs", "MetaLearner"]
