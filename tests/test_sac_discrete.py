@@ -111,7 +111,7 @@ def test_target_policy_loss_and_coefficient_follow_the_equations():
 
 def test_the_policy_step_leaves_the_critics_alone():
     agent, state = made()
-    loss, _ = agent.policy_loss(state, state.replay.sample(32), RandomKey(0))
+    loss = agent.policy_loss(state, state.replay.sample(32), RandomKey(0)).loss
     loss.backward()
     assert all(parameter.grad is None for parameter in state.critics.parameters())
     assert all(parameter.grad is not None for parameter in state.policy.parameters())

@@ -15,10 +15,10 @@ from angle_rl.types import Batch, RandomKey
 class MetaEntropy(MetaLearner):
     """Learns SAC's entropy coefficient, in its logarithm, from the configured one on.
 
-    Meta-SAC (Wang and Ni 2020, arXiv:2007.01932): theta'(alpha) = U(theta, grad L_pi(theta; batch, alpha)); the meta loss is -mean min Q(s0, mean action of theta'),
-    at states s0 that environments showed after resets. Takes the place of the automatic coefficient: ValueError where
-    the agent learns that, or has none. Arguments as of `MetaLearner`; one meta-parameter, "log_entropy_coefficient", a
-    float64 scalar.
+    Meta-SAC (Wang and Ni 2020, arXiv:2007.01932): theta'(alpha) = U(theta, grad L_pi(theta; batch, alpha)), and the
+    meta loss is -mean min Q(s0, mean action of theta'), at states s0 that environments showed after resets. It takes
+    the place of the automatic coefficient: ValueError where the agent learns that, or has none. Arguments as of
+    `MetaLearner`; one meta-parameter, "log_entropy_coefficient", a float64 scalar.
     """
 
     name = "entropy"

@@ -130,7 +130,7 @@ def stepped(
 
 
 def _root(square: Tensor, epsilon: float) -> Tensor:
-    """``sqrt(square) + epsilon``, whose derivative is 0, not infinite, where the square is 0: there the mean is, too."""
+    """``sqrt(square) + epsilon``, whose derivative is 0, not infinite, where the square is 0, as the mean is."""
     empty = square == 0
     return torch.where(empty, torch.ones_like(square), square).sqrt() * ~empty + epsilon
 
