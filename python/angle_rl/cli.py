@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from angle_rl.config import AgentConfig, config_from_dict, read_config
 
@@ -51,7 +52,6 @@ def train(arguments: list[str]) -> int:
     """`angle train`: the last line printed is `mean return R over N episodes · RUN_FOLDER`."""
     from angle_rl.agents.state import LossNotFiniteError
     from angle_rl.engines import describe_engine
-    from angle_rl.trainer import AgentTrainer
 
     parser = argparse.ArgumentParser(prog="angle train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
@@ -66,7 +66,8 @@ def train(arguments: list[str]) -> int:
         else:
             start = _starting_config(files.config, files.resume)
         config = _parse_config(rest, start)
-        trainer = AgentTrainer(config) if files.resume is None else AgentTrainer.resume(files.resume, config)
+        kind = _trainer_kind(config)
+        trainer = kind(config) if files.resume is None else kind.resume(files.resume, config)
     except USER_ERRORS as error:
         return _refuse(str(error))
     print(describe_engine(config.training.engine, getattr(trainer.rl_state.agent_state, "engine", None)))
@@ -92,11 +93,11 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
     options = parser.parse_args(arguments)
     try:
-        trainer = AgentTrainer(config_from_dict(runs.read_config(options.run)))
+        trainer = AgentTrainer(config_from_dict(runs.read_config(options.run)).replace(meta=None))
         best = runs.best_checkpoint(options.run)
         if options.best and best is None:
             raise ValueError(f"{options.run} has no best checkpoint; it was never evaluated")
-        trainer.load(best if options.best and best is not None else options.run)
+        trainer.load(best if options.best and best is not None else options.run, without_meta=True)
         evaluation = trainer.evaluate(options.episodes)
     except USER_ERRORS as error:
         return _refuse(str(error))
@@ -105,7 +106,7 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def plot(arguments: list[str]) -> int:
-    """`angle plot RUN...`: prints the file that it drew."""
+    """`angle plot RUN...`: prints the files that it drew, that of learned hyperparameters where there are any."""
     from angle_rl import runs
 
     parser = argparse.ArgumentParser(prog="angle plot", description="Draw the learning curves of runs.")
@@ -114,7 +115,12 @@ def plot(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     single = options.runs[0] / runs.CURVE_FILE if len(options.runs) == 1 else Path(runs.CURVE_FILE)
     try:
-        print(runs.plot_learning_curve(options.runs, options.out or single))
+        out = options.out or single
+        print(runs.plot_learning_curve(options.runs, out))
+        beside = runs.HYPERPARAMETERS_FILE if options.out is None else f"{out.stem}-hyperparameters.png"
+        learned = runs.plot_hyperparameters(options.runs, out.parent / beside)
+        if learned is not None:
+            print(learned)
     except USER_ERRORS as error:
         return _refuse(str(error))
     return 0
@@ -207,6 +213,17 @@ def _preset_of(arguments: list[str]) -> AgentConfig:
         return AgentConfig()
     print(f"preset {preset.name} (angle presets {preset.name} prints it; --no-preset leaves it out)")
     return preset.config
+
+
+def _trainer_kind(config: AgentConfig) -> Any:
+    """The trainer's class that a config asks for."""
+    if config.hyperparameters.meta is None:
+        from angle_rl.trainer import AgentTrainer
+
+        return AgentTrainer
+    from angle_rl.meta_trainer import MetaLearnerTrainer
+
+    return MetaLearnerTrainer
 
 
 def _starting_config(config_file: Path | None, run: Path | None) -> AgentConfig:

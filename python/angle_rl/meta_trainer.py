@@ -133,11 +133,21 @@ class MetaLearnerTrainer(AgentTrainer):
         """The newest losses, the hyperparameters that learners set, as they are now, the steps skipped, and the share
         of time that meta steps took since the first.
         """
-        if self._since is None:
+        if self._since is None or self._learning is None:
             return {}
-        shares = {"meta/time_share": self._seconds / max(time.perf_counter() - self._since, 1e-9)}
-        values = {f"meta/{name}": value for one in self.learners for name, value in one.hyperparameters().items()}
-        return {**self._metrics_of_meta, **values, "meta/skipped": float(self.skipped_meta_steps), **shares}
+        configured = self._learning.hyperparameters
+        values: dict[str, float | None] = {}
+        for learner in self.learners:
+            learned = learner.hyperparameters()
+            values |= {f"meta/{name}": learned.get(name, configured.get(name)) for name in learner.sets}
+        share = self._seconds / max(time.perf_counter() - self._since, 1e-9)
+        known = {name: value for name, value in values.items() if value is not None}
+        return {
+            **self._metrics_of_meta,
+            **known,
+            "meta/skipped": float(self.skipped_meta_steps),
+            "meta/time_share": share,
+        }
 
     def policy_auxiliary_loss(self, features: Tensor | None, batch: Batch) -> Tensor | None:
         """What every policy step descends besides its own loss: the learners' together; None where none has any."""

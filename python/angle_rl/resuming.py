@@ -11,6 +11,7 @@ import torch
 from angle_rl import checkpoint, runs
 from angle_rl.config import AgentConfig
 from angle_rl.feed import DataFeed, export_feed_state, import_feed_state
+from angle_rl.feed.resets import RESETS
 from angle_rl.types import RandomKey, RLState
 
 FEED = "feed."  # before the names of the feed's arrays
@@ -61,15 +62,20 @@ def checkpoint_in(path: Path) -> Path:
     return found
 
 
-def restored(path: Path, agent: Any, feed: DataFeed, meta: Any, rl_state: RLState) -> Progress:
+def restored(
+    path: Path, agent: Any, feed: DataFeed, meta: Any, rl_state: RLState, *, without_meta: bool = False
+) -> Progress:
     """Put a checkpoint's contents back into agent, feed and meta trainer. ValueError where it is damaged or does not
-    fit; nothing changes then.
+    fit; nothing changes then. `without_meta` leaves out what meta-learners saved, and what was kept for them.
     """
     tensors, saved = checkpoint.load(path)
     if saved.get("agent") != type(agent).__name__:
         raise ValueError(f"{path} was saved by {saved.get('agent')}; the agent is {type(agent).__name__}")
     feed_state, meta_state = _taken_out(tensors, FEED), _taken_out(tensors, META)
     keeps = hasattr(meta, "import_meta_state")
+    if without_meta:
+        saved.pop("meta", None)
+        feed_state = {name: tensor for name, tensor in feed_state.items() if not name.startswith(RESETS)}
     if keeps != ("meta" in saved):
         there, here = ("no meta-learners", "some") if keeps else ("meta-learners", "none")
         raise ValueError(f"{path} has {there}, and this trainer has {here}")

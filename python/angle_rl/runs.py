@@ -9,10 +9,11 @@
       checkpoints/step-00010000/         the newest few (see ``angle_rl.checkpoint``)
       checkpoints/best/                  the one with the highest mean evaluation return
       learning_curve.png
+      hyperparameters.png                where meta-learners set any
 
 Metric names: ``evaluation/mean_return``, ``evaluation/std_return``, ``evaluation/episodes``;
 ``train/episode_return``, ``train/episode_length`` where an episode ended; ``loss/critic``, ``loss/policy``,
-``entropy_coefficient``;
+``entropy_coefficient``; ``meta/loss/<learner>``, ``meta/<hyperparameter>``, ``meta/skipped``, ``meta/time_share``;
 ``speed/steps_per_second``, ``speed/updates_per_second``. Returns are sums of undiscounted rewards, steps are
 transitions stored. Everything here belongs to one thread.
 """
@@ -41,6 +42,7 @@ LOGGERS = ("jsonl", "tensorboard")
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "learning_curve.png"
+HYPERPARAMETERS_FILE = "hyperparameters.png"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -112,7 +114,11 @@ class Run:
         return True
 
     def plot(self) -> Path:
-        """Write this run's ``learning_curve.png`` and return its path."""
+        """Write this run's ``learning_curve.png`` and return its path.
+
+        Where meta-learners set hyperparameters, ``hyperparameters.png``, too.
+        """
+        plot_hyperparameters([self.folder], self.folder / HYPERPARAMETERS_FILE)
         return plot_learning_curve([self.folder], self.folder / CURVE_FILE)
 
     def close(self) -> None:
@@ -290,6 +296,40 @@ def plot_learning_curve(run_folders: Sequence[PathLike], out_png: PathLike) -> P
     axes.set_ylabel("return of an episode")
     axes.set_title(runs[0][0].resolve().name if len(runs) == 1 else f"{len(runs)} runs")
     axes.grid(alpha=0.3)
+    return _write_figure(figure, out_png)
+
+
+def plot_hyperparameters(run_folders: Sequence[PathLike], out_png: PathLike) -> Path | None:
+    """Draw the hyperparameters that meta-learners set against environment steps, a panel each, into a PNG file.
+
+    Returns its path; None, and no file, where no run has any. Raises ValueError for a folder that is no run.
+    """
+    runs = [(_existing_run(folder), read_metrics(folder)) for folder in run_folders]
+    others = ("meta/loss/", "meta/skipped", "meta/time_share")
+    names = sorted(
+        {name for _, lines in runs for line in lines for name in line if name.startswith("meta/")}
+        - {name for _, lines in runs for line in lines for name in line if name.startswith(others)}
+    )
+    if not names:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 2.5 * len(names) + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, name in enumerate(names):
+        axes = figure.add_subplot(len(names), 1, number + 1)
+        for folder, lines in runs:
+            axes.plot(*_series(lines, name), label=folder.resolve().name)
+        axes.set_ylabel(name.removeprefix("meta/").replace("_", " "))
+        axes.grid(alpha=0.3)
+        if number == 0:
+            axes.legend(fontsize="small")
+    axes.set_xlabel("environment steps")
+    return _write_figure(figure, out_png)
+
+
+def _write_figure(figure: Any, out_png: PathLike) -> Path:
     out = Path(out_png)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".{out.name}.{os.getpid()}"

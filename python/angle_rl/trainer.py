@@ -519,18 +519,18 @@ class AgentTrainer:
             raise TypeError(f"{type(self.agent).__name__} has no export_state; it cannot be saved")
         return checkpoint.save(path, *self._exported())
 
-    def load(self, path: str | Path) -> None:
+    def load(self, path: str | Path, *, without_meta: bool = False) -> None:
         """Go on from a checkpoint, or from a run folder's newest one.
 
         The networks, optimisers, replay, counters, the feed's statistics and the random state come back;
-        environments begin new episodes.
+        environments begin new episodes. `without_meta` leaves out what meta-learners saved.
         ValueError where the checkpoint is damaged or does not fit; nothing changes then.
         """
         if not self._saves:
             raise TypeError(f"{type(self.agent).__name__} has no export_state(agent_state); it cannot be loaded")
         self._rest()
         found = checkpoint_in(Path(path))
-        progress = restored(found, self.agent, self.feed, self.meta, self._rl_state)
+        progress = restored(found, self.agent, self.feed, self.meta, self._rl_state, without_meta=without_meta)
         self.steps, self._rl_state, self._feed_key = progress
         self._last_checkpoint = found
 
