@@ -103,11 +103,13 @@ class Angle:
         updates: int = 1,
         threads: int = 1,
         replay: Any = None,
+        meta: Any = None,
         **fields: Any,
     ) -> None:
         """RuntimeError where this version has no such engine, or it does not take these networks.
 
-        `replay`: another of ours, to learn from its rows; None: one of its own. `fields`: more of the config.
+        `replay`: another of ours, to learn from its rows; None: one of its own. `meta`: a meta trainer. `fields`: more
+        of the config.
         """
         self.name, self.updates = f"angle-{engine}", updates
         absent = set(fields) - set(known_fields(**fields))
@@ -130,13 +132,13 @@ class Angle:
             self.agent = SAC(self.config)
             observation_space, action_space = spaces()
             self.state, key = self.agent.init(
-                RandomKey(0), observation_space=observation_space, action_space=action_space, replay=replay
+                RandomKey(0), observation_space=observation_space, action_space=action_space, replay=replay, meta=meta
             )
         except ValueError as refusal:
             raise RuntimeError(f"not in this version: {refusal}") from refusal
         self.threads = threads
         found = getattr(self.state.engine, "name", engine)
-        if found != engine:
+        if not found.startswith(engine):  # under MetaCritic, native critics only
             raise RuntimeError(f"the engine is {found}")
         nobody: Any = np.zeros(1, np.bool_)
         seen = EnvironmentState(
