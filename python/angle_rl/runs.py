@@ -350,15 +350,17 @@ class Progress:
     def __init__(
         self, total: int, *, completed: int = 0, updates: int = 0, enabled: bool = True, window: float = 10.0
     ) -> None:
-        from rich import progress
-        from rich.console import Console
-
         self._window = window
         self._samples: deque[tuple[float, int, int]] = deque([(time.perf_counter(), completed, updates)])
         self._return: float | None = None
-        console = Console(stderr=True)
         self._bar: progress.Progress | None = None
-        if enabled and console.is_terminal:
+        if not enabled:
+            return
+        from rich import progress
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        if console.is_terminal:
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(),
