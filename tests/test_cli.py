@@ -131,6 +131,42 @@ def test_importing_the_package_is_light(run_python):
     assert run_python("import sys, angle_rl; print('torch' in sys.modules)").strip() == "False"
 
 
+LOGS = ["rich", "tensorboard", "torch.utils.tensorboard"]
+NOT_FOR_UPDATES = [*LOGS, "matplotlib", "pandas", "safetensors", "sympy", "torch._dynamo", "tyro"]
+FIRST_UPDATE = """
+import sys
+from angle_rl import AgentConfig, AgentTrainer
+absent = set({absent})
+print("imported", *(absent & set(sys.modules)))
+config = AgentConfig().replace(
+    agent={agent!r}, environment={environment!r}, engine="native", hidden_sizes=(16,), batch_size=16,
+    learning_starts=16, replay_capacity=100, steps=30, meta_update_interval=1, tensorboard={logs}, progress={logs},
+)
+class Meta:
+    def update_meta_learning_model(self, states, q):
+        print("updated", trainer.updates, *(absent & set(sys.modules)))
+        raise SystemExit
+trainer = AgentTrainer(config, meta=Meta())
+print("made", *(absent & set(sys.modules)))
+trainer.train()
+"""
+
+
+@pytest.mark.parametrize(
+    ("agent", "environment"), [("sac", "Pendulum-v1"), ("td3", "Pendulum-v1"), ("dqn", "CartPole-v1")]
+)
+def test_a_first_update_imports_no_more_than_it_needs(run_python, agent, environment):
+    """Neither what draws, logs and saves nor torch's compiler, which alone takes a second."""
+    script = FIRST_UPDATE.format(agent=agent, environment=environment, absent=NOT_FOR_UPDATES, logs=False)
+    assert run_python(script).splitlines() == ["imported", "made", "updated 1"]
+
+
+def test_with_logs_and_a_progress_bar_a_first_update_imports_those_only(run_python):
+    absent = sorted({*NOT_FOR_UPDATES} - {*LOGS})
+    script = FIRST_UPDATE.format(agent="sac", environment="Pendulum-v1", absent=absent, logs=True)
+    assert run_python(script).splitlines() == ["imported", "made", "updated 1"]
+
+
 def test_a_failed_run_says_where_it_stands(capsys, monkeypatch):
     from angle_rl.agents.sac import SAC
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
+import sys
 from collections import Counter
 
 import numpy as np
@@ -12,6 +15,7 @@ from engine_parts import NAMES, assert_same, made, spec_of, tensors_of
 
 from angle_rl.agents import DDPG, DQN, SAC, TD3, DiscreteSAC
 from angle_rl.agents.noise import random_subset
+from angle_rl.agents.optimizers import without_compiler
 from angle_rl.config import Hyperparameters
 from angle_rl.models import TwinQ
 from angle_rl.types import RandomKey
@@ -210,6 +214,71 @@ def test_the_networks_optimizers_are_the_configs_and_the_entropy_coefficients_st
             found = type(optimizer), group["weight_decay"]
             assert found == ((torch.optim.Adam, 0.0) if name == "entropy_coefficient" else expected)
             assert group["fused"]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_an_optimizer_made_without_the_compiler_is_the_one_that_torch_makes(kind, monkeypatch):
+    parameters = list(torch.nn.Linear(2, 3).parameters())
+    expected = kind(parameters, lr=0.1, fused=True)  # which imports the compiler
+    with monkeypatch.context() as hiding:
+        hiding.delitem(sys.modules, "torch._dynamo")
+        found = without_compiler(kind, parameters, lr=0.1, fused=True)
+    assert type(found) is kind
+    assert vars(found) == vars(expected)
+    assert list(vars(found)) == list(vars(expected))
+    later = torch.nn.Parameter(torch.ones(1))
+    found.add_param_group({"params": [later], "lr": 0.5})
+    assert [group["lr"] for group in found.param_groups] == [0.1, 0.5]
+    later.sum().backward()
+    found.step()
+    assert later.item() == pytest.approx(0.5 if kind is torch.optim.Adam else 0.495)
+
+
+def test_an_optimizer_made_without_the_compiler_refuses_what_torch_refuses(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    parameter = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="empty parameter list"):
+        without_compiler(torch.optim.Adam, [])
+    with pytest.raises(ValueError, match="learning rate"):
+        without_compiler(torch.optim.Adam, [parameter], lr=-1.0)
+    with pytest.raises(ValueError, match="non-leaf"):
+        without_compiler(torch.optim.Adam, [parameter * 2])
+
+
+def test_only_torchs_own_wrapper_of_add_param_group_is_passed_by(monkeypatch):
+    calls = []
+
+    class Watched(torch.optim.Adam):
+        @functools.wraps(torch.optim.Adam.add_param_group)
+        def add_param_group(self, group):
+            calls.append("around")
+            self.param_groups.append(group)
+
+    class Replaced(torch.optim.Adam):
+        def add_param_group(self, group):
+            calls.append("instead")
+            self.param_groups.append(group)
+
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    for kind in (Watched, Replaced):
+        assert len(without_compiler(kind, [torch.nn.Parameter(torch.ones(1))]).param_groups) == 1
+    assert calls == ["around", "instead"]
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_torchs_wrapper_is_passed_by_only_while_there_is_no_compiler(loaded, monkeypatch):
+    class Wrapped(torch.optim.Adam):
+        @torch._disable_dynamo
+        def add_param_group(self, group):
+            self.param_groups.append(group)
+
+    kept_out = []
+    compiler = importlib.import_module("torch._dynamo")
+    monkeypatch.setattr(compiler, "disable", lambda function, *_, **__: kept_out.append(function) or function)
+    if not loaded:
+        monkeypatch.delitem(sys.modules, "torch._dynamo")
+    assert len(without_compiler(Wrapped, [torch.nn.Parameter(torch.ones(1))]).param_groups) == 1
+    assert len(kept_out) == loaded
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])

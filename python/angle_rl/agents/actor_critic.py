@@ -25,6 +25,7 @@ from angle_rl.agents.noise import (
     uniform_actions,
     within_bounds,
 )
+from angle_rl.agents.optimizers import network_optimizer
 from angle_rl.agents.state import (
     ActorCriticState,
     begin_streams,
@@ -33,7 +34,7 @@ from angle_rl.agents.state import (
     insert_stepped,
     optimize_when_due,
 )
-from angle_rl.config import AgentConfig, Hyperparameters
+from angle_rl.config import AgentConfig
 from angle_rl.encoders import EncodedCritics, EncodedPolicy, ObservationEncoder
 from angle_rl.engines import Engine, make_engine
 from angle_rl.engines.base import Bounds, NextValues, PolicyLoss, Update
@@ -469,31 +470,6 @@ def behind_encoder(
 def frozen_copy(module: torch.nn.Module) -> torch.nn.Module:
     """A copy for targets: equal, apart in memory, without gradients."""
     return copy.deepcopy(module).requires_grad_(False)
-
-
-def adam(
-    parameters: Any, learning_rate: float, *, kind: str = "adam", weight_decay: float = 0.0
-) -> torch.optim.Optimizer:
-    """Adam (Kingma and Ba 2015, arXiv:1412.6980) in its fused form, the fastest there is on CPU and CUDA.
-
-    `kind` "adamw": with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101).
-    """
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-    make = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
-    return make(parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused)
-
-
-def network_optimizer(
-    network: torch.nn.Module, learning_rate: float, hyperparameters: Hyperparameters
-) -> torch.optim.Optimizer:
-    """The optimiser that the config asks for, of a network's parameters."""
-    return adam(
-        network.parameters(),
-        learning_rate,
-        kind=hyperparameters.optimizer,
-        weight_decay=hyperparameters.weight_decay,
-    )
 
 
 def as_tensors(observations: Any, device: torch.device) -> Any:

@@ -6,9 +6,10 @@ import math
 
 import torch
 
-from angle_rl.agents.actor_critic import ActorCritic, adam
+from angle_rl.agents.actor_critic import ActorCritic
 from angle_rl.agents.base import known_as
 from angle_rl.agents.noise import ActionBounds, policy_actions
+from angle_rl.agents.optimizers import adam
 from angle_rl.agents.state import ActorCriticState
 from angle_rl.config import Hyperparameters
 from angle_rl.engines.base import NextValues, PolicyLoss
