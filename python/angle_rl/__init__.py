@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from angle_rl.evaluation import Evaluation
     from angle_rl.feed import DataFeed, FunctionFeed, make_feed
     from angle_rl.models import DeterministicPolicy, PolicyModel, QNetwork, SquashedGaussianPolicy, TwinQ
+    from angle_rl.meta_trainer import MetaLearnerTrainer
     from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
     from angle_rl.trainer import AgentTrainer
     from angle_rl.types import Batch, RandomKey, RLState
@@ -34,6 +35,7 @@ __all__ = [
     "Evaluation",
     "FunctionFeed",
     "Hyperparameters",
+    "MetaLearnerTrainer",
     "PolicyModel",
     "PrioritizedReplayBuffer",
     "QLearning",
@@ -56,6 +58,7 @@ _MODULES = {
     "models": ("DeterministicPolicy", "PolicyModel", "QNetwork", "SquashedGaussianPolicy", "TwinQ"),
     "replay": ("PrioritizedReplayBuffer", "ReplayBuffer"),
     "evaluation": ("Evaluation",),
+    "meta_trainer": ("MetaLearnerTrainer",),
     "trainer": ("AgentTrainer",),
     "types": ("Batch", "RandomKey", "RLState"),
 }

@@ -259,7 +259,10 @@ def export_state(state: LearnerState) -> tuple[dict[str, torch.Tensor], dict[str
     """The state as named tensors (not copied: write them before the next step) and JSON-able values."""
     tensors = _own_tensors(state)
     for name, optimizer in state.optimizers.items():
-        for index, slots in optimizer.state_dict()["state"].items():
+        # Numbered as the optimizer's state_dict numbers them, whose first call imports torch's compiler: a second.
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, parameter in enumerate(parameters):
+            slots = optimizer.state.get(parameter, {})
             tensors |= {f"optimizers.{name}.{index}.{slot}": tensor for slot, tensor in slots.items()}
     arrays, replay = state.replay.export_state()
     tensors |= {f"replay.{name}": torch.as_tensor(array) for name, array in arrays.items()}
