@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import gc
 import pickle
 import weakref
@@ -18,6 +20,15 @@ from angle_rl.models import ACTIVATIONS, DeterministicPolicy, SquashedGaussianPo
 LOW, HIGH = np.array([-2.0, 0.1, -1e-3], np.float32), np.array([2.0, 0.7, 5.0], np.float32)
 UNIT = np.ones(3, np.float32)
 KINDS = [SquashedGaussianPolicy, DeterministicPolicy]
+OFFERED = getattr(torch.Tensor, acting._EXCHANGE, None)
+
+
+@pytest.fixture(autouse=True, params=["exchange", "methods"])
+def exchange(request, monkeypatch):
+    """Tensors looked at by DLPack's functions, where this torch has them, and by their Python methods."""
+    if request.param == "methods":
+        monkeypatch.setattr(torch.Tensor, acting._EXCHANGE, None, raising=False)
+    return request.param
 
 
 @pytest.fixture
@@ -129,6 +140,22 @@ def assigned(policy):
     policy.load_state_dict({name: value + 0.1 for name, value in policy.state_dict().items()}, assign=True)
 
 
+def shared_and_moved(policy):
+    policy.share_memory()  # the same tensors, other memory
+    changed_in_place(policy)
+
+
+def swapped(policy):
+    other = type(policy)(5, LOW, HIGH, (16, 16))
+    for mine, others in zip(policy.parameters(), other.parameters(), strict=True):
+        torch.utils.swap_tensors(mine, others)
+
+
+def put_into_others_memory(policy):
+    weight, block = policy.head.weight, torch.randn(40, 16)
+    weight.data = block[3 : 3 + len(weight)]
+
+
 def new_bounds(policy):
     policy.action_scale = policy.action_scale * 0.5
 
@@ -148,7 +175,19 @@ def narrower(policy):
 
 @pytest.mark.parametrize(
     "change",
-    [changed_in_place, moved, assigned, nn.Module.share_memory, new_bounds, other_layer, other_activation, narrower],
+    [
+        changed_in_place,
+        moved,
+        assigned,
+        nn.Module.share_memory,
+        shared_and_moved,
+        swapped,
+        put_into_others_memory,
+        new_bounds,
+        other_layer,
+        other_activation,
+        narrower,
+    ],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_follows_changes(kind, change, compiled):
@@ -175,6 +214,77 @@ def test_memory_that_stays_with_another_type_or_order_in_it():
             act(policy, batch())
     policy.head.weight = nn.Parameter(bytes_of)
     agree(policy, batch(3), noise=batch(3, 3))
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda value: value.to("meta"),
+        lambda value: value.to_sparse(),
+        lambda value: value.view(torch.float16),
+        lambda value: value.double(),
+        lambda value: value.view(torch.int32),  # as wide as float32
+        lambda value: value.repeat_interleave(2, -1)[..., ::2],  # every other element
+        lambda value: value[..., :1].expand(value.shape),
+        lambda value: value[..., :-1],
+        lambda value: value[None],
+        lambda value: value[:0],
+        lambda value: value.flatten()[0],
+    ],
+)
+def test_a_parameter_of_another_kind_is_left_to_torch(other, part, compiled):
+    policy = SquashedGaussianPolicy(5, LOW, HIGH, (16, 16))
+    act(policy, batch(), True)
+    assert compiled[-1] is not None
+    parameter = nn.Parameter(other(getattr(policy.head, part).data), requires_grad=False)
+    setattr(policy.head, part, parameter)
+    with contextlib.suppress(RuntimeError, IndexError):  # torch's word on it
+        act(policy, batch(), True)
+    assert compiled[-1] is None
+
+
+def test_memory_of_inputs(compiled):
+    policy = SquashedGaussianPolicy(5, LOW, HIGH, (16, 16))
+    wide, tall = batch(6, 9), batch(5, 6)
+    agree(policy, wide[:1, 2:7], noise=wide[3:4, :3])  # an axis of one row may have any stride
+    assert compiled[-1] is not None
+    agree(policy, wide[1:3, :5].contiguous(), noise=batch(6, 3)[4:])
+    assert compiled[-1] is not None
+    for observations, noise in (
+        (wide[:2, :5], batch(2, 3)),
+        (tall.t()[:2], batch(2, 3)),
+        (batch(1).expand(2, 5), batch(2, 3)),
+        (batch(2), wide[:2, :3]),
+        (batch(2), batch(3, 2).t()),
+    ):
+        agree(policy, observations, noise=noise)
+        assert compiled[-1] is None
+    agree(policy, batch(2).to_sparse().to_dense(), noise=batch(2, 3))
+    assert compiled[-1] is not None
+
+
+def test_who_looks_at_tensors(exchange):
+    policy = SquashedGaussianPolicy(5, LOW, HIGH, (16, 16))
+    act(policy, batch())
+    assert policy._acting.network.exchanges == (exchange == "exchange" and OFFERED is not None)
+
+
+@pytest.mark.parametrize("offered", [None, 12345, object(), "other name", 0, 2])
+def test_what_is_no_exchange_of_the_first_version_is_not_called(offered, monkeypatch, compiled):
+    name, functions = b"dlpack_exchange_api", (ctypes.c_uint64 * 8)()
+    if offered == "other name":
+        name, offered = b"another", 1
+    if offered in (0, 1, 2):
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        functions[:] = [offered] + [1] * 7  # addresses that nobody can call
+        offered = new(ctypes.addressof(functions), name, None)
+    monkeypatch.setattr(torch.Tensor, acting._EXCHANGE, offered, raising=False)
+    policy = SquashedGaussianPolicy(5, LOW, HIGH, (16, 16))
+    agree(policy, batch(), noise=batch(1, 3))
+    assert compiled[-1] is not None
+    assert not policy._acting.network.exchanges
 
 
 class Own(SquashedGaussianPolicy):
@@ -327,6 +437,47 @@ def test_results_are_fresh():
     assert torch.equal(first, kept)
     assert torch.equal(density, kept_density)
     assert first.data_ptr() != second.data_ptr()
+
+
+def test_results_are_plain_tensors_of_their_own():
+    policy = SquashedGaussianPolicy(5, LOW, HIGH)
+    for rows in (1, 3, 8):
+        noise = batch(rows, 3, 1)
+        actions, log_prob = act(policy, batch(rows), noise=noise)
+        kept, others = actions.clone(), log_prob.clone()
+        for result, shape in ((actions, (rows, 3)), (log_prob, (rows,))):
+            assert result.shape == shape
+            assert result.is_contiguous()
+            assert result.is_leaf
+            assert result.dtype == torch.float32
+            assert result.data_ptr() % 64 == 0
+            assert result.untyped_storage().nbytes() == result.numel() * 4
+        actions.fill_(-1e9)
+        assert torch.equal(log_prob, others)
+        log_prob.fill_(1e9)
+        assert (actions == -1e9).all()
+        actions.copy_(kept)
+        assert (log_prob == 1e9).all()
+        copied = pickle.loads(pickle.dumps(actions))
+        assert torch.equal(copied, kept)
+        assert torch.equal(torch.from_numpy(actions.numpy()), kept)
+        assert torch.equal(actions.clone().share_memory_(), kept)
+        assert torch.equal(actions.share_memory_(), kept)
+        assert torch.equal((log_prob.requires_grad_() * 2.0).detach(), torch.full((rows,), 2e9))
+        policy = copy.deepcopy(policy)  # the one that made them is gone
+        gc.collect()
+        assert torch.equal(actions, kept)
+        assert (log_prob == 1e9).all()
+
+
+def test_memory_of_results_comes_back():
+    policy, places = SquashedGaussianPolicy(5, LOW, HIGH, (16,)), set()
+    for _ in range(1000):
+        actions, log_prob = act(policy, batch())
+        places |= {actions.data_ptr(), log_prob.data_ptr()}
+    assert len(places) < 1000
+    held = [act(policy, batch(), True) for _ in range(100)]
+    assert len({tensor.data_ptr() for results in held for tensor in results}) == 200
 
 
 def test_under_torch_compile_it_is_torchs():

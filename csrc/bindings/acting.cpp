@@ -1,18 +1,20 @@
-// A policy's forward pass for a few observations. It is given torch's tensors themselves and asks them, by their Python
-// methods, what they are and where they lie: each call anew, for they may have moved. The interpreter's lock is kept,
-// for the work takes microseconds.
+// A policy's forward pass for a few observations. It is given torch's tensors themselves and looks what they are and
+// where they lie: each call anew, for they may have moved. The interpreter's lock is kept, for the work takes
+// microseconds.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
 #include <cstddef>
-#include <cstdint>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
+#include "bindings/batch_memory.h"
 #include "bindings/bindings.h"
+#include "bindings/tensors.h"
+#include "bindings/torch_tensors.h"
 #include "kernels/kernels.h"
 
 namespace py = pybind11;
@@ -20,64 +22,22 @@ namespace py = pybind11;
 namespace angle {
 namespace {
 
-constexpr size_t kMostRows = 8;
-
-// Python's names of what tensors are asked, made once.
-struct Names {
-  PyObject *dtype, *shape, *nbytes, *is_cpu, *is_contiguous, *data_ptr, *new_empty, *normal;
-};
-const Names& names() {
-  static const auto name = PyUnicode_InternFromString;
-  static const Names made = {name("dtype"),         name("shape"),    name("nbytes"),    name("is_cpu"),
-                             name("is_contiguous"), name("data_ptr"), name("new_empty"), name("normal_")};
-  return made;
-}
-
-// Throws what Python raised.
-py::object checked(PyObject* made) {
-  if (made == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(made);
-}
-py::object attribute(PyObject* of, PyObject* name) { return checked(PyObject_GetAttr(of, name)); }
-py::object call(PyObject* of, PyObject* name) {
-  PyObject* arguments[] = {of};
-  return checked(PyObject_VectorcallMethod(name, arguments, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
-}
-py::object call(PyObject* of, PyObject* name, PyObject* argument) {
-  PyObject* arguments[] = {of, argument};
-  return checked(PyObject_VectorcallMethod(name, arguments, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
-}
-
-float* address(PyObject* tensor) {
-  return reinterpret_cast<float*>(
-      static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(call(tensor, names().data_ptr).ptr())));
-}
-
-// Whether a tensor is dense memory of this CPU and this dtype.
-bool is_dense(PyObject* tensor, PyObject* dtype) {
-  return attribute(tensor, names().dtype).ptr() == dtype && call(tensor, names().is_contiguous).ptr() == Py_True &&
-         attribute(tensor, names().is_cpu).ptr() == Py_True;
-}
-
-bool has_shape(PyObject* tensor, size_t axes, size_t first, size_t second) {
-  const py::object shape = attribute(tensor, names().shape);
-  return PyTuple_GET_SIZE(shape.ptr()) == static_cast<Py_ssize_t>(axes) &&
-         PyLong_AsSize_t(PyTuple_GET_ITEM(shape.ptr(), 0)) == first &&
-         (axes < 2 || PyLong_AsSize_t(PyTuple_GET_ITEM(shape.ptr(), 1)) == second);
-}
+constexpr size_t kMostRows = 8, kPoolBytes = 64 << 10;
 
 class ActingNetwork {
  public:
   ActingNetwork(std::vector<size_t> sizes, int activation, size_t action_dim, bool gaussian, double log_std_low,
-                double log_std_high, py::object dtype, py::object empty_like)
+                double log_std_high, py::object float32, py::object exchange, py::object from_dlpack)
       : sizes_(std::move(sizes)),
         activation_(static_cast<Activation>(activation)),
         action_dim_(action_dim),
         gaussian_(gaussian),
         low_(static_cast<float>(log_std_low)),
         high_(static_cast<float>(log_std_high)),
-        dtype_(std::move(dtype)),
-        empty_like_(std::move(empty_like)) {
+        tensors_(std::move(float32), std::move(exchange)),
+        from_dlpack_(std::move(from_dlpack)),
+        noise_({rows_of(action_dim)}, kPoolBytes),
+        results_({rows_of(action_dim), rows_of(0)}, kPoolBytes) {
     if (activation < 0 || activation > static_cast<int>(Activation::kGelu)) {
       throw std::invalid_argument("there is no such activation");
     }
@@ -108,6 +68,8 @@ class ActingNetwork {
     }
   }
 
+  bool exchanges() const { return tensors_.exchanges(); }
+
  private:
   static bool holds(PyObject* places, PyObject* kinds, PyObject* lengths) {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(places); i += 3) {
@@ -125,66 +87,65 @@ class ActingNetwork {
     return true;
   }
 
-  // A new tensor, as the model is, which is made at the first call: that is the quickest way to have one.
-  template <class Shape>
-  py::object fresh(py::object& model, PyObject* observations, const Shape& shape) const {
-    if (!model) model = call(observations, names().new_empty, shape().ptr());
-    return checked(PyObject_CallOneArg(empty_like_.ptr(), model.ptr()));
+  static TensorType rows_of(size_t columns) {
+    const std::vector<int64_t> shape(columns > 0 ? 1 : 0, static_cast<int64_t>(columns));
+    return {{2, 32}, shape, std::max<size_t>(columns, 1) * sizeof(float)};
   }
 
-  // Where the parameters lie, each as it should be. One that lies where it lay is in this CPU's memory and is asked
-  // for less: of its shape only the size and the first axis, which costs half as much as the shape.
+  // New tensors, not filled.
+  template <size_t kCount>
+  std::array<py::object, kCount> fresh(const BatchMaker& maker, size_t rows) const {
+    std::array<DLManagedTensor*, kCount> made;
+    std::array<py::object, kCount> out;
+    maker.make(rows, made.data());
+    for (size_t i = 0; i < kCount; ++i) out[i] = py::reinterpret_steal<py::object>(to_capsule(made[i]));
+    for (py::object& one : out) {
+      PyObject* const tensor = PyObject_CallOneArg(from_dlpack_.ptr(), one.ptr());
+      if (tensor == nullptr) throw py::error_already_set();
+      one = py::reinterpret_steal<py::object>(tensor);
+    }
+    return out;
+  }
+
+  // Where the parameters lie, each as it should be.
   bool read(PyObject* tensors) {
     const size_t layers = sizes_.size() - 1, count = static_cast<size_t>(PyTuple_GET_SIZE(tensors));
     if (count != 2 * layers && count != 2 * layers + 2) return false;
     places_.resize(count);
     for (size_t i = 0; i < count; ++i) {
-      PyObject* const tensor = PyTuple_GET_ITEM(tensors, static_cast<Py_ssize_t>(i));
-      const size_t l = i / 2, axes = l < layers && i % 2 == 0 ? 2 : 1;
-      const size_t first = l < layers ? sizes_[l + 1] : action_dim_, second = axes == 2 ? sizes_[l] : 1;
-      const Py_ssize_t size = PyObject_Size(tensor);
-      if (size < 0) throw py::error_already_set();  // it has no axis
-      if (size != static_cast<Py_ssize_t>(first) ||
-          PyLong_AsSize_t(attribute(tensor, names().nbytes).ptr()) != first * second * sizeof(float) ||
-          attribute(tensor, names().dtype).ptr() != dtype_.ptr() ||
-          call(tensor, names().is_contiguous).ptr() != Py_True) {
-        return false;
-      }
-      const float* const place = address(tensor);
-      if (place != places_[i]) {
-        if (!has_shape(tensor, axes, first, second) || !is_dense(tensor, dtype_.ptr())) return false;
-        places_[i] = place;
-      }
+      const TensorReader::Seen seen = tensors_.look(PyTuple_GET_ITEM(tensors, static_cast<Py_ssize_t>(i)));
+      const size_t l = i / 2;
+      const bool fits = l == layers  ? seen.is(action_dim_)
+                        : i % 2 == 0 ? seen.is(sizes_[l + 1], sizes_[l])
+                                     : seen.is(sizes_[l + 1]);
+      if (!fits) return false;
+      places_[i] = seen.data;
     }
     return true;
   }
 
   py::object act_or_raise(PyObject* tensors, PyObject* observations, bool deterministic, PyObject* noise) {
-    const py::object shape = attribute(observations, names().shape);
-    if (PyTuple_GET_SIZE(shape.ptr()) != 2 || PyLong_AsSize_t(PyTuple_GET_ITEM(shape.ptr(), 1)) != sizes_[0]) {
-      return py::none();
-    }
-    const size_t rows = PyLong_AsSize_t(PyTuple_GET_ITEM(shape.ptr(), 0)), layers = sizes_.size() - 1;
-    if (rows == 0 || rows > kMostRows || !is_dense(observations, dtype_.ptr())) return py::none();
+    const size_t rows = tensors_.look(observations).shape[0], layers = sizes_.size() - 1;
+    if (rows == 0 || rows > kMostRows) return py::none();
     const bool noisy = gaussian_ && !deterministic;
     py::object normals = py::reinterpret_borrow<py::object>(noise);
     if (noisy && noise == Py_None) {
-      if (!read(tensors)) return py::none();
-      normals = fresh(action_models_[rows], observations, [&] { return py::make_tuple(rows, action_dim_); });
-      call(normals.ptr(), names().normal);
-    } else if (noisy && (Py_TYPE(noise) != Py_TYPE(observations) || !has_shape(noise, 2, rows, action_dim_) ||
-                         !is_dense(noise, dtype_.ptr()))) {
+      if (!read(tensors) || !tensors_.look(observations).is(rows, sizes_[0])) return py::none();
+      normals = fresh<1>(noise_, rows)[0];
+      normals.attr("normal_")();
+    } else if (noisy && Py_TYPE(noise) != Py_TYPE(observations)) {
       return py::none();
     }
-    py::object actions = fresh(action_models_[rows], observations, [&] { return py::make_tuple(rows, action_dim_); });
-    py::object log_prob = fresh(log_prob_models_[rows], observations, [&] { return py::make_tuple(rows); });
+    auto [actions, log_prob] = fresh<2>(results_, rows);
 
     // From here on nothing lets go of the interpreter's lock: no other thread moves a tensor or takes our memory.
     if (!read(tensors)) return py::none();
-    float* const to = address(actions.ptr());
-    float* const density = address(log_prob.ptr());
-    const float* const random = noisy ? address(normals.ptr()) : zeros_.data();
-    const float* x = address(observations);
+    const TensorReader::Seen seen = tensors_.look(observations), drawn = noisy ? tensors_.look(normals.ptr()) : seen;
+    if (!seen.is(rows, sizes_[0]) || (noisy && !drawn.is(rows, action_dim_))) return py::none();
+    float* const to = tensors_.look(actions.ptr()).data;
+    float* const density = tensors_.look(log_prob.ptr()).data;
+    const float* const random = noisy ? drawn.data : zeros_.data();
+    const float* x = seen.data;
     const LearnerKernelsOf<float>& kernel = kernels().learner.f32;
     for (size_t l = 0; l < layers; ++l) {
       float* const y = hidden_[l % 2].data();
@@ -221,11 +182,12 @@ class ActingNetwork {
   size_t action_dim_;
   bool gaussian_;
   float low_, high_;
-  py::object dtype_, empty_like_;
+  TensorReader tensors_;
+  py::object from_dlpack_;
+  BatchMaker noise_, results_;
   std::vector<const float*> places_;
   std::array<std::vector<float>, 2> hidden_;
   std::vector<float> mean_, log_std_, spread_, zeros_;
-  std::array<py::object, kMostRows + 1> action_models_, log_prob_models_;
 };
 
 }  // namespace
@@ -233,9 +195,11 @@ class ActingNetwork {
 void bind_acting(py::module_& m) {
   using py::arg;
   py::class_<ActingNetwork>(m, "ActingNetwork", "An MLP policy's forward pass for up to 8 float32 observations.")
-      .def(py::init<std::vector<size_t>, int, size_t, bool, double, double, py::object, py::object>(), arg("sizes"),
-           arg("activation"), arg("action_dim"), arg("gaussian"), arg("log_std_low"), arg("log_std_high"), arg("dtype"),
-           arg("empty_like"))
+      .def(py::init<std::vector<size_t>, int, size_t, bool, double, double, py::object, py::object, py::object>(),
+           arg("sizes"), arg("activation"), arg("action_dim"), arg("gaussian"), arg("log_std_low"), arg("log_std_high"),
+           arg("float32"), arg("exchange"), arg("from_dlpack"))
+      .def_property_readonly("exchanges", &ActingNetwork::exchanges,
+                             "Whether tensors are looked at by DLPack's functions.")
       .def(
           "act", &ActingNetwork::act,
           "(actions, log_prob); False where the plan's places, kinds or lengths no longer hold; None where it does not "

@@ -244,11 +244,16 @@ class ActingNetwork:
     """
     An MLP policy's forward pass for up to 8 float32 observations.
     """
-    def __init__(self, sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], activation: typing.SupportsInt | typing.SupportsIndex, action_dim: typing.SupportsInt | typing.SupportsIndex, gaussian: bool, log_std_low: typing.SupportsFloat | typing.SupportsIndex, log_std_high: typing.SupportsFloat | typing.SupportsIndex, dtype: typing.Any, empty_like: typing.Any) -> None:
+    def __init__(self, sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], activation: typing.SupportsInt | typing.SupportsIndex, action_dim: typing.SupportsInt | typing.SupportsIndex, gaussian: bool, log_std_low: typing.SupportsFloat | typing.SupportsIndex, log_std_high: typing.SupportsFloat | typing.SupportsIndex, float32: typing.Any, exchange: typing.Any, from_dlpack: typing.Any) -> None:
         ...
     def act(self, plan: typing.Any, observations: typing.Any, deterministic: bool, noise: typing.Any) -> typing.Any:
         """
         (actions, log_prob); False where the plan's places, kinds or lengths no longer hold; None where it does not take these tensors, and then nothing was drawn.
+        """
+    @property
+    def exchanges(self) -> bool:
+        """
+        Whether tensors are looked at by DLPack's functions.
         """
 def available_isas() -> list[str]:
     """

@@ -23,12 +23,13 @@ Actions: TypeAlias = tuple[Tensor, Tensor]
 
 PLAN = "_acting"  # a policy's attribute: its plan, never saved or copied (PolicyModel.__getstate__)
 _REPLACEABLE = ("forward", "scale_actions")  # methods that an instance may have of its own
-_float32 = torch.float32
+_EXCHANGE = "__dlpack_c_exchange_api__"  # DLPack's name for the functions that look at tensors; torch 2.10 and later
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _is_autocast_enabled = torch.is_autocast_enabled
 _is_tracing = torch._C._is_tracing
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_from_dlpack = getattr(torch._C, "_from_dlpack", torch.utils.dlpack.from_dlpack)
 
 
 class _Plan(NamedTuple):
@@ -129,8 +130,9 @@ def _prepared(policy: Any, log_std_range: tuple[float, float] | None) -> _Plan |
         return None
     number = ACTIVATIONS[type(activations[0])] if activations else 0
     low, high = log_std_range or (0.0, 0.0)
+    exchange = getattr(Tensor, _EXCHANGE, None)
     network = _core.ActingNetwork(
-        sizes, number, action_dim, log_std_range is not None, low, high, _float32, torch.empty_like
+        sizes, number, action_dim, log_std_range is not None, low, high, torch.float32, exchange, _from_dlpack
     )
     tensors = parameters + (bounds if policy._scaled else [])
     parts = tuple(places), tuple(kinds), tuple(lengths), tuple(tensors)
