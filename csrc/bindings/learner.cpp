@@ -218,8 +218,8 @@ void bind_learner(py::module_& m) {
       .def(py::init<py::handle, bool, const Options&, const std::vector<int>&>(), py::arg("replay"),
            py::arg("is_double"), py::arg("options"), py::arg("kinds"))
       .def("run", &PyLearner::run, py::arg("addresses"), py::arg("groups"), py::arg("places"),
-           py::arg("entropy_coefficient"), py::arg("reward_scale"), py::arg("n_step"), py::arg("discount"), py::arg("importance_exponent"),
-           py::arg("flags"), py::arg("calls"))
+           py::arg("entropy_coefficient"), py::arg("reward_scale"), py::arg("n_step"), py::arg("discount"),
+           py::arg("importance_exponent"), py::arg("flags"), py::arg("calls"))
       .def_property_readonly("nbytes", &PyLearner::bytes);
 }
 
