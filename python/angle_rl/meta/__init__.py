@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from angle_rl.meta.base import Learning, MetaInputs, MetaLearner
+from angle_rl.meta.bootstrapped import Bootstrapped
 from angle_rl.meta.entropy import MetaEntropy
 
-__all__ = ["Learning", "MetaEntropy", "MetaInputs", "MetaLearner"]
+__all__ = ["Bootstrapped", "Learning", "MetaEntropy", "MetaInputs", "MetaLearner"]
