@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from angle_rl.config import AgentConfig, Hyperparameters, Service, Training
     from angle_rl.evaluation import Evaluation
     from angle_rl.feed import DataFeed, FunctionFeed, make_feed
-    from angle_rl.models import DeterministicPolicy, PolicyModel, QNetwork, SquashedGaussianPolicy, TwinQ
     from angle_rl.meta_trainer import MetaLearnerTrainer
+    from angle_rl.models import DeterministicPolicy, PolicyModel, QNetwork, SquashedGaussianPolicy, TwinQ
     from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
     from angle_rl.trainer import AgentTrainer
     from angle_rl.types import Batch, RandomKey, RLState
