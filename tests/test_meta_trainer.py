@@ -274,6 +274,12 @@ def test_what_contradicts_itself_is_refused(tmp_path, changes, learner, message)
         MetaLearnerTrainer(small(tmp_path, **changes), learner(), walk_feed())
 
 
+def test_discrete_actions_have_no_mean_to_look_through(tmp_path):
+    config = small(tmp_path, agent="sac_discrete").replace(environment="CartPole-v1")
+    with pytest.raises(ValueError, match="actions are discrete"):
+        MetaLearnerTrainer(config, MetaEntropy())
+
+
 def test_wrong_kinds_are_refused(tmp_path):
     with pytest.raises(TypeError, match="learner is a int; it must be a MetaLearner"):
         MetaLearnerTrainer(small(tmp_path), [3], walk_feed())

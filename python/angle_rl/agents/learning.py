@@ -73,6 +73,7 @@ def learning_of(
         optimizers=state.optimizers,
         replay=state.replay,
         device=state.device,
+        continuous=isinstance(state, ActorCriticState) and len(state.bounds.shape) > 0,
         batch_size=config.hyperparameters.batch_size,
         entropy=_entropy_of(state),
         huber_delta=config.hyperparameters.huber_delta,

@@ -42,6 +42,7 @@ class Learning:
     optimizers: Mapping[str, torch.optim.Optimizer]  # by the same names, besides others
     replay: Any  # the buffer that the agent learns from
     device: torch.device
+    continuous: bool  # whether actions are vectors of numbers within bounds
     batch_size: int  # of the agent's updates
     entropy: str  # "fixed", "learned" or "none": what is done about the entropy coefficient
     huber_delta: float | None  # Huber error beyond this |td_error|; None: squared error

@@ -32,6 +32,7 @@ class MetaEntropy(MetaLearner):
         )
         require(learning.entropy == "fixed", f"{learning.agent} has no entropy coefficient for MetaEntropy to learn")
         require("policy" in learning.networks, f"{learning.agent} has no policy for MetaEntropy to look through")
+        require(learning.continuous, f"{learning.agent}'s actions are discrete; MetaEntropy looks through mean actions")
         coefficient = learning.hyperparameters["entropy_coefficient"]
         require(coefficient > 0, f"entropy_coefficient is {coefficient}; MetaEntropy begins with one above 0")
         start = torch.tensor(math.log(coefficient), dtype=torch.float64, device=learning.device)
