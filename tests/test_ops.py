@@ -84,6 +84,23 @@ def test_loss_and_gradient_equal_the_reference(dtype, weighted, huber_delta, cri
         assert torch.equal(ops.twin_q_loss(q, target, weights, huber_delta=huber_delta)[0], loss)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("huber_delta", [None, 0.8])
+def test_each_critics_error_has_its_own_weight(dtype, huber_delta):
+    q, target, weights = loss_inputs(dtype, critics=3)
+    own = draw(4, 3).abs()  # float64 always
+    loss, td_error = ops.twin_q_loss(q, target, weights, huber_delta=huber_delta, critic_weights=own)
+    loss.backward()
+    truth = reference_loss(q.detach(), target, weights, huber_delta, own)
+    close(loss, truth[0], dtype)
+    close(td_error, truth[1], dtype)
+    close(q.grad, truth[2], dtype)
+    if dtype == torch.float64:
+        inputs = (q.detach().requires_grad_(), own.requires_grad_())
+        assert gradcheck(lambda x, c: ops.twin_q_loss(x, target, weights, critic_weights=c)[0], inputs)
+        assert gradgradcheck(lambda x, c: ops.twin_q_loss(x, target, weights, critic_weights=c)[0], inputs)
+
+
 def test_huber_is_torchs():
     q, target, _ = loss_inputs(torch.float64, batch=40)
     expected = sum(torch.nn.functional.huber_loss(row, target, delta=0.7) for row in q)
@@ -415,6 +432,8 @@ ROW, PAIR = torch.ones(4), torch.ones(2, 4)
         (lambda: ops.twin_q_target(ROW.to("meta"), ROW, PAIR), ValueError, "rewards is on meta"),
         (lambda: ops.twin_q_loss(ROW, ROW), ValueError, r"q has shape \[4\]"),
         (lambda: ops.twin_q_loss(PAIR[:, :0], ROW[:0]), ValueError, "at least 1 of each"),
+        (lambda: ops.twin_q_loss(PAIR, ROW, critic_weights=ROW[:1]), ValueError, r"critic_weights has shape \[1\]"),
+        (lambda: ops.twin_q_loss(PAIR, ROW, critic_weights=[1, 1]), TypeError, "critic_weights is a list"),
         (lambda: ops.twin_q_loss([1.0], ROW), TypeError, "q is a list"),
         (lambda: ops.twin_q_loss(PAIR, PAIR), ValueError, "td_target has shape"),
         (lambda: ops.twin_q_loss(PAIR, ROW, ROW[:2]), ValueError, "importance_weights has shape"),

@@ -163,7 +163,8 @@ class PyLearner {
   // 0); then the same of the entropy coefficient's logarithm where it is learned. groups: six numbers for each. places:
   // of the batch's eight tensors, the policy batch's, q, td_error and log_prob.
   Outcome run(const Addresses& addresses, const Numbers& groups, const Addresses& places, double entropy_coefficient,
-              double reward_scale, uint32_t n_step, double discount, double importance_exponent, uint32_t flags,
+              double reward_scale, const std::vector<double>& loss_weights, uint32_t n_step, double discount,
+              double importance_exponent, uint32_t flags,
               const std::vector<std::tuple<uint64_t, uint32_t, bool>>& calls) {
     if (places.size() != 19) throw std::invalid_argument("a call takes 19 places");
     const SampleRequest request = sample_request(options_.batch, n_step, discount, importance_exponent, flags);
@@ -173,6 +174,7 @@ class PyLearner {
     for (size_t i = 0; i < 8; ++i) batch_.tensors[i] = at(i);
     for (size_t i = 0; i < 8; ++i) policy_batch_.tensors[i] = at(8 + i);
     narrow_tensors_.reward_scale = wide_tensors_.reward_scale = reward_scale;
+    (is_double_ ? wide_tensors_.loss_weights : narrow_tensors_.loss_weights) = loss_weights;
     Reader reader(addresses, groups);
     const UpdateOutcome outcome =
         is_double_ ? run_with(*wide_, wide_tensors_, reader, request, entropy_coefficient, at(16), at(17), at(18))
@@ -218,8 +220,8 @@ void bind_learner(py::module_& m) {
       .def(py::init<py::handle, bool, const Options&, const std::vector<int>&>(), py::arg("replay"),
            py::arg("is_double"), py::arg("options"), py::arg("kinds"))
       .def("run", &PyLearner::run, py::arg("addresses"), py::arg("groups"), py::arg("places"),
-           py::arg("entropy_coefficient"), py::arg("reward_scale"), py::arg("n_step"), py::arg("discount"),
-           py::arg("importance_exponent"), py::arg("flags"), py::arg("calls"))
+           py::arg("entropy_coefficient"), py::arg("reward_scale"), py::arg("loss_weights"), py::arg("n_step"),
+           py::arg("discount"), py::arg("importance_exponent"), py::arg("flags"), py::arg("calls"))
       .def_property_readonly("nbytes", &PyLearner::bytes);
 }
 

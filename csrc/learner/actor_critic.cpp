@@ -89,6 +89,9 @@ class ActorCritic final : public Phases<T> {
     critics.layers = given[kCritics].layers;
     target_policy.layers = given[kPolicy].targets;
     target_critics.layers = given[kCritics].targets;
+    const std::vector<double>& weights = told->loss_weights;
+    if (!weights.empty() && weights.size() != options.critics) throw std::invalid_argument("a loss weight a critic");
+    weighted = std::any_of(weights.begin(), weights.end(), [](double weight) { return weight != 1.0; });
   }
 
  private:
@@ -257,15 +260,22 @@ class ActorCritic final : public Phases<T> {
       std::copy(values, values + n, own_q + k * n);
       std::copy(values, values + n, q_out + k * options.batch + at.first);
     }
-    T loss;
-    ops_kernels<T>().twin_q_loss(
-        {own_q, td_target + at.first, options.prioritized ? critic_rows.weights + at.first : nullptr,
-         static_cast<T>(options.huber_delta), &loss, td_error_out + at.first, by_q, options.critics, n});
-    add_loss(0, t, static_cast<double>(loss) * static_cast<double>(n));
+    const auto regress = [&](size_t first, size_t members) {
+      T loss;
+      ops_kernels<T>().twin_q_loss(
+          {own_q + first * n, td_target + at.first, options.prioritized ? critic_rows.weights + at.first : nullptr,
+           static_cast<T>(options.huber_delta), &loss, td_error_out + at.first, by_q + first * n, members, n});
+      return static_cast<double>(loss) * static_cast<double>(n);
+    };
+    double weighted_loss = 0.0;
+    for (size_t k = 0; weighted && k < options.critics; ++k) weighted_loss += told->loss_weights[k] * regress(k, 1);
+    const double plain_loss = regress(0, options.critics);  // last: the td errors are means over all critics
+    add_loss(0, t, weighted ? weighted_loss : plain_loss);
     const T share = static_cast<T>(static_cast<double>(n) / static_cast<double>(options.batch));
     for (size_t k = 0; k < options.critics; ++k) {
       T* const delta = critic_tapes[k].layers.back().delta.at(0, at.first);
-      for (size_t j = 0; j < n; ++j) delta[j] = by_q[k * n + j] * share;
+      const T own_share = weighted ? static_cast<T>(told->loss_weights[k]) * share : share;
+      for (size_t j = 0; j < n; ++j) delta[j] = by_q[k * n + j] * own_share;
       backward(critics, k, critic_tapes[k], at, Matrix<T>{}, 0, 0);
     }
   }
@@ -398,7 +408,8 @@ class ActorCritic final : public Phases<T> {
 
   std::vector<size_t> chosen;  // the first chosen_count of them: target critics of this update
   size_t chosen_count = 0;
-  double* shares;  // [critics], uniforms
+  bool weighted = false;  // whether a critic's loss has another weight than 1
+  double* shares;         // [critics], uniforms
 
   Ensemble<T> policy, critics, target_policy, target_critics;
   Matrix<T> x, next_x;  // [observation_dim + action_dim, batch]

@@ -59,7 +59,8 @@ struct LearnerTensors {
   // The entropy coefficient's logarithm and its Adam, [1] each, where it is learned.
   AdamSlot<T> log_coefficient;
   double entropy_coefficient = 0.0;
-  double reward_scale = 1.0;  // on all rewards
+  double reward_scale = 1.0;         // on all rewards
+  std::vector<double> loss_weights;  // [critics], on their losses, or empty: 1 each; actor-critics only
 };
 
 enum class FieldKind : int { kFloat, kDouble, kInt64 };

@@ -91,10 +91,11 @@ def twin_q_loss(
     importance_weights: Tensor | None = None,
     *,
     huber_delta: float | None = None,
+    critic_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted regression of every critic on one target, and the new priorities.
 
-    ``loss = mean over batch of importance_weights * sum over critics of error(q - td_target)`` with
+    ``loss = mean over batch of importance_weights * sum over critics of critic_weights * error(q - td_target)`` with
     ``error(d) = d**2`` (no half), or Huber's as in ``torch.nn.functional.huber_loss``: ``d**2 / 2`` up to
     ``huber_delta``, ``huber_delta * (|d| - huber_delta / 2)`` beyond. The gradient by ``q`` is computed in
     the forward pass. (Fujimoto et al. 2018, arXiv:1802.09477; importance weights: Schaul et al. 2016,
@@ -105,9 +106,10 @@ def twin_q_loss(
         td_target: ``[batch]``.
         importance_weights: ``[batch]``, or None for ones.
         huber_delta: where Huber's error turns linear, above 0 and finite; None: squared error.
+        critic_weights: ``[critics]`` of any floating dtype, or None for ones. With them it is plain torch.
 
     Returns:
-        ``loss`` (a scalar, differentiable in all three tensors) and ``td_error`` (``[batch]``: the mean over
+        ``loss`` (a scalar, differentiable in all tensors) and ``td_error`` (``[batch]``: the mean over
         critics of ``|td_target - q|``, without gradient).
 
     Raises:
@@ -123,9 +125,14 @@ def twin_q_loss(
         constants.append(importance_weights)
     if huber_delta is not None and not 0.0 < huber_delta < math.inf:
         raise ValueError(f"huber_delta is {huber_delta}; it must be above 0 and finite, or None for squared error")
+    if critic_weights is not None:
+        _check_floating("critic_weights", critic_weights)
+        if critic_weights.shape != q.shape[:1]:
+            raise ValueError(f"critic_weights has shape {_shape(critic_weights)}; it must be {list(q.shape[:1])}")
     grad_enabled = torch.is_grad_enabled()
-    if (grad_enabled and any(tensor.requires_grad for tensor in constants)) or not _has_kernel(q, *constants):
-        return _twin_q_loss_formula(q, td_target, importance_weights, huber_delta)
+    plain = critic_weights is not None or (grad_enabled and any(tensor.requires_grad for tensor in constants))
+    if plain or not _has_kernel(q, *constants):
+        return _twin_q_loss_formula(q, td_target, importance_weights, huber_delta, critic_weights)
     if torch.compiler.is_compiling():
         loss, td_error, _ = _twin_q_loss_op(q, td_target, importance_weights, huber_delta)
         return loss, td_error.detach()
@@ -281,7 +288,11 @@ def _twin_q_target_formula(
 
 
 def _twin_q_loss_formula(
-    q: Tensor, td_target: Tensor, importance_weights: Tensor | None, huber_delta: float | None
+    q: Tensor,
+    td_target: Tensor,
+    importance_weights: Tensor | None,
+    huber_delta: float | None,
+    critic_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     difference = q - td_target
     size = difference.abs()
@@ -290,6 +301,8 @@ def _twin_q_loss_formula(
     else:
         inside = 0.5 * difference.square()
         error = torch.where(size <= huber_delta, inside, huber_delta * (size - 0.5 * huber_delta))
+    if critic_weights is not None:
+        error = error * critic_weights.to(error).unsqueeze(1)
     error = error.sum(0)
     if importance_weights is not None:
         error = error * importance_weights

@@ -11,8 +11,10 @@ import torch
 class ReferenceUpdate:
     """Float64 copies of an agent's networks, and updates of these.
 
-    `priority` is the last update's mean over critics of |target - q|.
+    `priority` is the last update's mean over critics of |target - q|, `target` what its critics were to give.
     """
+
+    loss_weights = None  # [critics] float64, on each critic's error
 
     def __init__(self, name, state, hyperparameters):
         self.name, self.h = name, hyperparameters
@@ -49,6 +51,7 @@ class ReferenceUpdate:
             q = action_values(self.critics, observations).gather(1, columns).t()
         else:
             q = self.critics(observations, actions)
+        self.target = target
         difference = target - q
         if self.h.huber_delta is None:
             error = difference**2
@@ -56,6 +59,8 @@ class ReferenceUpdate:
             delta = self.h.huber_delta
             inside = difference.abs() <= delta
             error = torch.where(inside, difference**2 / 2, delta * (difference.abs() - delta / 2))
+        if self.loss_weights is not None:
+            error = error * self.loss_weights.unsqueeze(1)
         self.critic_loss = (weights * error.sum(0)).mean()
         self.priority = difference.detach().abs().mean(0)
         self.descend("critics", self.critic_loss, self.critics)

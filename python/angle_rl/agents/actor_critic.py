@@ -357,6 +357,7 @@ class ActorCritic:
             entropy_coefficient=lambda: state.entropy_coefficient,
             set_entropy_coefficient=state.set_entropy_coefficient,
             reward_scale=lambda: state.reward_scale,
+            loss_weights=lambda: state.loss_weights,
         )
 
 

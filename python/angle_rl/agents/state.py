@@ -103,6 +103,7 @@ class ActorCriticState(LearnerState):
     noise: torch.Tensor | None = None  # [n, *action_shape], Ornstein-Uhlenbeck noise, in halves of the action range
     log_entropy_coefficient: torch.Tensor | None = None  # scalar, SAC's parameter; None: fixed, or no entropy term
     entropy_coefficient: torch.Tensor | None = None  # scalar, its exponential, without gradient
+    loss_weights: torch.Tensor | None = None  # [critics] float64, on each critic's part of the loss; None: 1 each
 
     def set_entropy_coefficient(self, coefficient: torch.Tensor) -> None:
         """Take a new coefficient, a scalar without gradient."""

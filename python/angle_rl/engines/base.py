@@ -62,6 +62,8 @@ class Update:
     entropy_coefficient: Callable[[], torch.Tensor | None]
     set_entropy_coefficient: Callable[[torch.Tensor], None]
     reward_scale: Callable[[], float]  # what all rewards are multiplied by
+    # [critics] float64, what each critic's part of the loss is multiplied by; None: 1 each
+    loss_weights: Callable[[], torch.Tensor | None] = lambda: None
 
 
 class UpdateResult(NamedTuple):

@@ -89,13 +89,14 @@ class NativeEngine:
         update, replay = self._update, self._update.replay
         tensors, addresses, groups = self._tensors()
         _, n_step, discount, importance_exponent, flags = replay._sample_arguments(self._spec.batch_size)
-        coefficient = update.entropy_coefficient()
+        coefficient, loss_weights = update.entropy_coefficient(), update.loss_weights()
         done, failure, critic_loss, policy_loss = self._learner.run(
             addresses,
             groups,
             self._places,
             0.0 if coefficient is None else float(coefficient),
             update.reward_scale(),
+            [] if loss_weights is None else loss_weights.tolist(),
             n_step,
             discount,
             importance_exponent,

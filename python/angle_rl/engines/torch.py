@@ -48,7 +48,9 @@ class TorchEngine:
             td_target = ops.twin_q_target(rewards, batch.discounts, *future)
         q = update.q_values(batch.observations, batch.actions)
         weights = batch.importance_weights if spec.prioritized else None
-        critic_loss, td_error = ops.twin_q_loss(q, td_target, weights, huber_delta=spec.huber_delta)
+        critic_loss, td_error = ops.twin_q_loss(
+            q, td_target, weights, huber_delta=spec.huber_delta, critic_weights=_unlike_one(update.loss_weights())
+        )
         result = UpdateResult(
             finite=_is_finite(critic_loss),
             batch=batch,
@@ -118,6 +120,11 @@ class TorchEngine:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._spec.max_gradient_norm, norm)
         optimizer.step()
         return True
+
+
+def _unlike_one(weights: torch.Tensor | None) -> torch.Tensor | None:
+    """None where all are 1: nothing has to be multiplied then."""
+    return None if weights is None or bool((weights == 1).all()) else weights
 
 
 def _is_finite(scalar: torch.Tensor) -> bool:
