@@ -140,7 +140,8 @@ class MetaLearnerTrainer(AgentTrainer):
         values: dict[str, float | None] = {}
         for learner in self.learners:
             learned = learner.hyperparameters()
-            values |= {f"meta/{name}": learned.get(name, configured.get(name)) for name in learner.sets}
+            names = dict.fromkeys((*learner.sets, *learned))  # one that is set may be several numbers
+            values |= {f"meta/{name}": learned.get(name, configured.get(name)) for name in names}
         share = self._seconds / max(time.perf_counter() - self._since, 1e-9)
         known = {name: value for name, value in values.items() if value is not None}
         return {
