@@ -13,7 +13,7 @@ from torch import Tensor
 from angle_rl.agents.actor_critic import as_tensors
 from angle_rl.config import AgentConfig
 from angle_rl.feed import DataFeed, ResetsFeed
-from angle_rl.meta import Bootstrapped, MetaEntropy
+from angle_rl.meta import Bootstrapped, MetaEntropy, MetaGradient
 from angle_rl.meta.base import Learning, MetaInputs, MetaLearner
 from angle_rl.meta.inner import tensors_in
 from angle_rl.spaces import row_of
@@ -22,6 +22,9 @@ from angle_rl.types import Batch, RandomKey
 
 LEARNERS: dict[str, Callable[[AgentConfig], MetaLearner]] = {
     "entropy": lambda config: MetaEntropy(learning_rate=config.hyperparameters.meta_learning_rate),
+    "gradient": lambda config: MetaGradient(
+        config.hyperparameters.meta_parameters, learning_rate=config.hyperparameters.meta_learning_rate
+    ),
     "bootstrapped": lambda config: Bootstrapped(LEARNERS[_bootstrapped_name(config)](config)),
 }
 """What the config's `meta` names"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -77,6 +78,10 @@ def learning_of(
         batch_size=config.hyperparameters.batch_size,
         entropy=_entropy_of(state),
         huber_delta=config.hyperparameters.huber_delta,
+        learning_rate_schedule=config.hyperparameters.learning_rate_schedule,
+        count_critics=lambda: _count_critics(state),
+        reward_scale=lambda: state.reward_scale,
+        loss_weights=lambda: getattr(state, "loss_weights", None),
         hyperparameters=_configured(config, state),
         set_hyperparameters=lambda values: set_hyperparameters(state, values),
         policy_loss=equation(_no_policy_loss if policy_loss is None else policy_loss),
@@ -97,12 +102,22 @@ def begin_meta(state: LearnerState, learning: Learning) -> None:
 
 
 def set_hyperparameters(state: LearnerState, values: Mapping[str, float]) -> None:
-    """Let an agent learn with these from its next update on. KeyError for a name that `_configured` does not give."""
-    unknown = set(values) - set(SETTERS)
+    """Let an agent learn with these from its next update on.
+
+    "loss_weight_0" and so on, one for each critic, are set together. KeyError for a name that is neither such a one nor
+    in `SETTERS`; nothing has changed then.
+    """
+    own = {name: value for name, value in values.items() if not name.startswith(LOSS_WEIGHT)}
+    weights = [f"{LOSS_WEIGHT}{index}" for index in range(len(values) - len(own))]
+    can_weigh = isinstance(state, ActorCriticState)
+    unknown = set(values) - set(SETTERS) - set(weights if can_weigh else ())
     if unknown:
-        raise KeyError(f"there is no hyperparameter {min(unknown)} to set; there are {', '.join(SETTERS)}")
-    for name, value in values.items():
+        names = (*SETTERS, *([f"{LOSS_WEIGHT}0, ..."] if can_weigh else []))
+        raise KeyError(f"there is no hyperparameter {min(unknown)} to set; there are {', '.join(names)}")
+    for name, value in own.items():
         SETTERS[name](state, value)
+    if weights and isinstance(state, ActorCriticState):
+        state.loss_weights = torch.tensor([values[name] for name in weights], dtype=torch.float64)
 
 
 def _set_entropy_coefficient(state: LearnerState, value: float) -> None:
@@ -126,6 +141,9 @@ def _set_rate(network: str) -> Callable[[LearnerState, float], None]:
     return set_rate
 
 
+LOSS_WEIGHT = "loss_weight_"
+"""Before a critic's number: what its part of the critics' loss is multiplied by"""
+
 SETTERS: dict[str, Callable[[Any, float], None]] = {
     "entropy_coefficient": _set_entropy_coefficient,
     "discount": _set_discount,
@@ -146,6 +164,18 @@ def _configured(config: AgentConfig, state: LearnerState) -> dict[str, float]:
         if _entropy_of(state) == "fixed":
             values["entropy_coefficient"] = float(hyperparameters.entropy_coefficient)
     return values
+
+
+def _count_critics(state: LearnerState) -> int:
+    """How many critics there are: asks a copy of them about an empty row. One that values all actions is one."""
+    if not isinstance(state, ActorCriticState):
+        return 1
+    critics: Any = copy.deepcopy(state.critics).eval()
+    dtype = next(critics.parameters()).dtype
+    tensors = [tensor.zero_().to(state.device) for tensor in state.replay._blank(1, False)]
+    row: Batch = state.replay._batches.assemble([t.to(dtype) if t.is_floating_point() else t for t in tensors])
+    with torch.no_grad():
+        return len(critics(row.observations, row.actions))
 
 
 def _entropy_of(state: LearnerState) -> str:

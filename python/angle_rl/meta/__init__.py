@@ -5,5 +5,6 @@ from __future__ import annotations
 from angle_rl.meta.base import Learning, MetaInputs, MetaLearner
 from angle_rl.meta.bootstrapped import Bootstrapped
 from angle_rl.meta.entropy import MetaEntropy
+from angle_rl.meta.gradient import MetaGradient
 
-__all__ = ["Bootstrapped", "Learning", "MetaEntropy", "MetaInputs", "MetaLearner"]
+__all__ = ["Bootstrapped", "Learning", "MetaEntropy", "MetaGradient", "MetaInputs", "MetaLearner"]

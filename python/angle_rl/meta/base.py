@@ -46,6 +46,10 @@ class Learning:
     batch_size: int  # of the agent's updates
     entropy: str  # "fixed", "learned" or "none": what is done about the entropy coefficient
     huber_delta: float | None  # Huber error beyond this |td_error|; None: squared error
+    learning_rate_schedule: str  # "constant", or how the learning rates change by themselves
+    count_critics: Callable[[], int]  # how many values `q_values` gives; asks a copy of the critics
+    reward_scale: Callable[[], float]  # what all rewards are multiplied by now
+    loss_weights: Callable[[], Tensor | None]  # [critics] float64, on their parts of the loss now; None: 1 each
     hyperparameters: Mapping[str, float]  # those that can be set, as they were configured
     set_hyperparameters: Callable[[Mapping[str, float]], None]  # some of these, from the next update on
     # The equations, with the gradient passing through what is replaced:
