@@ -12,6 +12,7 @@ SHORT = {  # what each is run with here, and what its last line must say
     "dataset.py": (["--steps", "400"], "mean return"),
     "function.py": (["--steps", "400"], "mean return"),
     "gridworld_q_learning.py": (["--steps", "3000"], "of 96 starts"),
+    "learned_discount.py": (["--steps", "900"], "mean return"),
     "history_and_normalisation.py": (["--steps", "1300"], "mean return"),
     "pendulum_ddpg.py": (["--steps", "1200"], "mean return"),
     "pendulum_sac.py": (["--steps", "1200"], "mean return"),
