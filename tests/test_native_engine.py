@@ -33,7 +33,18 @@ class Learner:
     """An agent with random rows in its replay."""
 
     def __init__(
-        self, name, *, seed=0, rows=300, width=5, threads=1, engine="torch", precision="float32", **hyperparameters
+        self,
+        name,
+        *,
+        kind=None,
+        seed=0,
+        rows=300,
+        width=5,
+        threads=1,
+        engine="torch",
+        precision="float32",
+        meta=None,
+        **hyperparameters,
     ):
         options = {"hidden_sizes": (24, 16), "batch_size": 40, "replay_capacity": 512} | hyperparameters
         config = AgentConfig(
@@ -42,9 +53,11 @@ class Learner:
         )
         self.discrete, self.threads = name == "dqn", threads
         actions = spaces.Discrete(4, start=2) if self.discrete else spaces.Box(LOW, HIGH)
-        self.agent = AGENTS[name](config)
+        self.agent = (AGENTS[name] if kind is None else kind)(config)
         observations = spaces.Box(-np.inf, np.inf, (width,), np.float32)
-        self.state, _ = self.agent.init(RandomKey(seed), observation_space=observations, action_space=actions)
+        self.state, _ = self.agent.init(
+            RandomKey(seed), observation_space=observations, action_space=actions, meta=meta
+        )
         generator = np.random.default_rng(seed)
         self.state.replay.insert(
             generator.normal(size=(rows, width)).astype(np.float32),

@@ -54,6 +54,7 @@ LearnerOptions options_from(const py::dict& given) {
     options.networks.push_back(shape_from(network));
   }
   options.prioritized = option<bool>(given, "prioritized");
+  options.writes_priorities = option<bool>(given, "writes_priorities");
   options.targets_follow = static_cast<TargetsFollow>(option<int>(given, "targets_follow"));
   options.tau = option<double>(given, "tau");
   options.huber_delta = option<double>(given, "huber_delta");

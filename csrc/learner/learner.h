@@ -24,6 +24,7 @@ struct LearnerOptions {
   // Actor-critics: the policy, the critics. DQN: its network; or trunk, advantages and value where it is dueling.
   std::vector<NetworkShape> networks;
   bool prioritized = true;
+  bool writes_priorities = true;  // whether an update ends with the priorities of a prioritized replay
   TargetsFollow targets_follow = TargetsFollow::kUpdates;
   double tau = 0.005;
   double huber_delta = 0.0;        // <= 0: squared error

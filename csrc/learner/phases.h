@@ -143,7 +143,7 @@ class Phases : public Learner<T> {
   }
 
   void write_priorities() {
-    if (!options.prioritized) return;
+    if (!options.prioritized || !options.writes_priorities) return;
     replay->update(reinterpret_cast<const int64_t*>(batch->tensors[6]), td_error_out, options.batch);
   }
 

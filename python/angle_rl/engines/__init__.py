@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from angle_rl.engines.base import Bounds, Engine, NextValues, PolicyLoss, Update, UpdateResult
 from angle_rl.engines.native import NativeEngine
+from angle_rl.engines.native_critics import NativeCriticsEngine, critics_refusal
 from angle_rl.engines.recognize import bfloat16_refusal, native_refusal
 from angle_rl.engines.torch import TorchEngine
 from angle_rl.types import UpdateSpec
@@ -11,6 +12,7 @@ from angle_rl.types import UpdateSpec
 __all__ = [
     "Bounds",
     "Engine",
+    "NativeCriticsEngine",
     "NativeEngine",
     "NextValues",
     "PolicyLoss",
@@ -33,14 +35,18 @@ def make_engine(
 ) -> Engine:
     """The engine of this name, or under "auto" the fastest that takes the update: native, else torch.
 
-    `learner_threads` and `precision` are the native engine's. ValueError where "native" does not take the update,
-    saying why.
+    Where only the policy's loss is none that the native engine knows, that one takes the critics nevertheless, and
+    torch the policy. `learner_threads` and `precision` are the native engine's. ValueError where "native" does not take
+    the update, saying why.
     """
     if requested == "torch":
         return TorchEngine(spec, update, why="as configured")
-    refusal = native_refusal(spec, update)
+    own_loss = spec.policy_loss == "other"
+    refusal = critics_refusal(spec, update) if own_loss else native_refusal(spec, update)
     if precision == "bfloat16" and refusal is None:
         refusal = bfloat16_refusal(update)
+    if refusal is None and own_loss:
+        return NativeCriticsEngine(spec, update, learner_threads, precision=precision, why=requested)
     if refusal is None:
         return NativeEngine(spec, update, learner_threads, precision=precision, why=requested)
     if requested == "native":

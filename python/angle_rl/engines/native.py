@@ -47,14 +47,17 @@ class NativeEngine:
         *,
         precision: str = "float32",
         why: str = "native",
+        writes_priorities: bool = True,
     ) -> None:
         self._spec = spec
         self._update = update
         self.threads = usable_threads(batch_size=spec.batch_size) if threads is None else threads
         reason = "auto: our own networks on a CPU" if why == "auto" else "as configured"
         in_bfloat16 = ", bfloat16" if precision == "bfloat16" else ""
-        self.why = f"{reason}; {_core.isa()}{in_bfloat16}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        self.how = f"{_core.isa()}{in_bfloat16}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        self.why = f"{reason}; {self.how}"
         self._precision = precision
+        self._writes_priorities = writes_priorities
         self._networks = networks_of(update)
         self._dtype = next(update.critics.parameters()).dtype
         nothing = torch.empty(0, dtype=self._dtype)
@@ -121,6 +124,11 @@ class NativeEngine:
         yield last
 
     @property
+    def td_error(self) -> torch.Tensor:
+        """``[batch]``, of the newest update, what its priorities come from; holds until the next."""
+        return self._td_error
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the workspace."""
         return int(self._learner.nbytes)
@@ -171,6 +179,7 @@ class NativeEngine:
             "policy_loss": POLICY_LOSSES[spec.policy_loss],
             "networks": [network.shape() for network in self._networks],
             "prioritized": spec.prioritized,
+            "writes_priorities": self._writes_priorities,
             "targets_follow": TARGETS_FOLLOW[spec.targets_follow],
             "tau": spec.tau,
             "huber_delta": spec.huber_delta or 0.0,

@@ -39,7 +39,6 @@ class TorchEngine:
         """
         spec, update = self._spec, self._update
         target_key, *policy_keys = random_key.split(1 + policy_steps)
-
         batch = self._sample()
         with torch.no_grad():
             future = update.next_values(batch, target_key)
@@ -61,7 +60,17 @@ class TorchEngine:
         )
         if not result.finite or not self._descend(critic_loss, update.optimizers["critics"]):
             return result._replace(finite=False)
+        return self.follow(result, td_error, policy_keys, copy_targets)
 
+    def follow(
+        self, result: UpdateResult, td_error: torch.Tensor, policy_keys: Sequence[RandomKey], copy_targets: bool
+    ) -> UpdateResult:
+        """What follows an update's critic step, whoever took it: a policy step with each of the keys, the priorities,
+        and the targets' update where it is due.
+
+        `result` is the critic step's, `td_error` ``[batch]`` what goes into the priorities.
+        """
+        spec, update, batch = self._spec, self._update, result.batch
         for key in policy_keys:
             learned, stepped = self._policy_step(batch if spec.policy_batch == "critic" else self._sample(), key)
             log_prob = None if learned.log_prob is None else learned.log_prob.detach()
@@ -73,7 +82,7 @@ class TorchEngine:
         if spec.prioritized:  # last, so that an update cut short leaves the priorities
             update.replay.update_priorities(batch.handles, td_error)
         copies = spec.targets_follow == "copies"
-        if copy_targets if copies else policy_steps > 0 or spec.targets_follow == "update":
+        if copy_targets if copies else len(policy_keys) > 0 or spec.targets_follow == "update":
             ops.update_targets(self._targets, self._online, 1.0 if copies else spec.tau)
             for target, online in zip(self._target_buffers, self._online_buffers, strict=True):
                 target.copy_(online)  # running statistics and constants: taken over, not averaged
