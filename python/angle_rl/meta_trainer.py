@@ -13,7 +13,7 @@ from torch import Tensor
 from angle_rl.agents.actor_critic import as_tensors
 from angle_rl.config import AgentConfig
 from angle_rl.feed import DataFeed, ResetsFeed
-from angle_rl.meta import Bootstrapped, MetaEntropy, MetaGradient
+from angle_rl.meta import Bootstrapped, MetaCritic, MetaEntropy, MetaGradient
 from angle_rl.meta.base import Learning, MetaInputs, MetaLearner
 from angle_rl.meta.inner import tensors_in
 from angle_rl.spaces import row_of
@@ -21,6 +21,7 @@ from angle_rl.trainer import AgentTrainer
 from angle_rl.types import Batch, RandomKey
 
 LEARNERS: dict[str, Callable[[AgentConfig], MetaLearner]] = {
+    "critic": lambda config: MetaCritic(learning_rate=config.hyperparameters.meta_learning_rate),
     "entropy": lambda config: MetaEntropy(learning_rate=config.hyperparameters.meta_learning_rate),
     "gradient": lambda config: MetaGradient(
         config.hyperparameters.meta_parameters, learning_rate=config.hyperparameters.meta_learning_rate
@@ -154,9 +155,19 @@ class MetaLearnerTrainer(AgentTrainer):
             "meta/time_share": share,
         }
 
+    @property
+    def shapes_policy_loss(self) -> bool:
+        """Whether a learner has a `policy_auxiliary_loss`."""
+        return any(learner.shapes_policy_loss for learner in self.learners)
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether that reads the policy's features."""
+        return any(learner.shapes_policy_loss and learner.reads_features for learner in self.learners)
+
     def policy_auxiliary_loss(self, features: Tensor | None, batch: Batch) -> Tensor | None:
         """What every policy step descends besides its own loss: the learners' together; None where none has any."""
-        losses = [one.policy_auxiliary_loss(features, batch) for one in self.learners]
+        losses = [one.policy_auxiliary_loss(features, batch) for one in self.learners if one.shapes_policy_loss]
         given = [loss for loss in losses if loss is not None]
         return torch.stack(given).sum() if given else None
 

@@ -13,7 +13,7 @@ import torch
 
 from angle_rl.agents.base import crossings, in_updates, known_as, name_of
 from angle_rl.agents.exploration import Exploration, make_schedule
-from angle_rl.agents.learning import begin_meta, learning_of
+from angle_rl.agents.learning import begin_meta, learning_of, shaped_policy_loss, shapes_policy_loss
 from angle_rl.agents.noise import (
     ActionBounds,
     action_bounds,
@@ -316,7 +316,7 @@ class ActorCritic:
         next_value, policy_loss = name_of(self.next_values), name_of(self.policy_loss)
         if name_of(self.future_q) != "minimum" or self._q_future is not minimum_over_target_critics:
             next_value = "other"
-        if AFTER_POLICY_STEP.get(policy_loss) != name_of(self.after_policy_step):
+        if shapes_policy_loss(state) or AFTER_POLICY_STEP.get(policy_loss) != name_of(self.after_policy_step):
             policy_loss = "other"
         smoothed = next_value == "smoothed"
         follow = "policy" if self.delays_targets and self._policy_every is not None else "update"
@@ -352,7 +352,7 @@ class ActorCritic:
             log_entropy_coefficient=state.log_entropy_coefficient,
             q_values=state.critics,
             next_values=lambda batch, key: self.next_values(state, batch, key),
-            policy_loss=lambda batch, key: self.policy_loss(state, batch, key),
+            policy_loss=lambda batch, key: shaped_policy_loss(state, batch, self.policy_loss(state, batch, key)),
             after_policy_step=lambda learned: self.after_policy_step(state, learned),
             entropy_coefficient=lambda: state.entropy_coefficient,
             set_entropy_coefficient=state.set_entropy_coefficient,

@@ -101,6 +101,27 @@ def begin_meta(state: LearnerState, learning: Learning) -> None:
         state.meta.bind(learning)
 
 
+def shapes_policy_loss(state: LearnerState) -> bool:
+    """Whether policy steps descend a loss of what was passed as `meta`, besides the agent's own."""
+    return bool(getattr(state.meta, "shapes_policy_loss", False))
+
+
+def shaped_policy_loss(state: ActorCriticState, batch: Batch, learned: PolicyLoss) -> PolicyLoss:
+    """What policy steps descend: the agent's own loss on a batch, and that of what was passed as `meta`, if any.
+
+    TypeError where there is one and the agent's own does not say which actions it was taken at.
+    """
+    if not shapes_policy_loss(state):
+        return learned
+    if learned.actions is None:
+        raise TypeError("policy_loss gave no actions, which the auxiliary loss of meta reads; let its PolicyLoss do so")
+    policy: Any = state.policy
+    reads = state.meta.reads_features and callable(getattr(policy, "features", None))
+    features = policy.features(batch.observations) if reads else None
+    auxiliary = state.meta.policy_auxiliary_loss(features, batch._replace(actions=learned.actions))
+    return learned if auxiliary is None else learned._replace(loss=learned.loss + auxiliary)
+
+
 def set_hyperparameters(state: LearnerState, values: Mapping[str, float]) -> None:
     """Let an agent learn with these from its next update on.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from angle_rl.meta.base import Learning, MetaInputs, MetaLearner
 from angle_rl.meta.bootstrapped import Bootstrapped
+from angle_rl.meta.critic import MetaCritic
 from angle_rl.meta.entropy import MetaEntropy
 from angle_rl.meta.gradient import MetaGradient
 
-__all__ = ["Bootstrapped", "Learning", "MetaEntropy", "MetaGradient", "MetaInputs", "MetaLearner"]
+__all__ = ["Bootstrapped", "Learning", "MetaCritic", "MetaEntropy", "MetaGradient", "MetaInputs", "MetaLearner"]

@@ -90,6 +90,8 @@ class MetaLearner:
     name = "meta"
     trains = "policy"  # the network that the inner step moves
     sets: tuple[str, ...] = ()  # the hyperparameters that it may set
+    shapes_policy_loss = False  # whether it has a `policy_auxiliary_loss`
+    reads_features = False  # whether that reads its features
     needs_transitions = False  # whether `inputs.batch` and `inputs.validation_batch` must be there
 
     def __init__(self, *, learning_rate: float = 1e-3, inner: Kind = "sgd") -> None:
@@ -116,8 +118,8 @@ class MetaLearner:
     def policy_auxiliary_loss(self, features: Tensor | None, batch: Batch) -> Tensor | None:
         """A scalar that every policy step descends besides its own loss; None: there is none.
 
-        ``batch.actions`` are the policy's own, differentiable; `features` its last hidden layer, or None where it has
-        no `features`.
+        It is asked where `shapes_policy_loss`. ``batch.actions`` are the policy's own, differentiable; `features` its
+        last hidden layer, or None where it has no `features` or nobody `reads_features`.
         """
         return None
 
