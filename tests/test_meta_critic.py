@@ -261,7 +261,12 @@ def test_policy_steps_descend_both_losses(name, use_features):
     parts = [state.policy.features(batch.observations)] if use_features else []
     seen = torch.cat([*parts, batch.observations, own.actions], 1)
     auxiliary = network_of(shaping.learner)(seen).mean() - math.log(2)
+    passes = []
+    handle = state.policy.body.register_forward_hook(lambda *given: passes.append(given))
     both = learner.agent._update_parts(state).policy_loss(batch, key)
+    handle.remove()
+    assert len(passes) == 1
+    assert not state.policy.body._forward_hooks
     assert abs(float(auxiliary.detach())) > 1e-3
     torch.testing.assert_close(both.loss, own.loss + auxiliary)
     parameters = list(state.policy.parameters())
@@ -279,6 +284,36 @@ def test_native_critics_give_the_torch_engines_numbers(name):
     go_beside(reference, native, 12, policy_every=2 if name == "td3" else 1)
     spec, update = native.agent._spec(native.state), native.agent._update_parts(native.state)
     assert "policy's loss is not one that it knows" in native_refusal(spec, update)
+
+
+def test_features_are_those_that_a_loss_of_ones_own_learns_by():
+    """Whatever passes it makes besides."""
+
+    class Own(SAC):
+        def policy_loss(self, state, batch, key):
+            state.policy(batch.observations[:3])
+            learned = super().policy_loss(state, batch, key)
+            with torch.no_grad():
+                state.policy(batch.observations)
+            return learned
+
+    class Detached(Own):
+        def policy_loss(self, state, batch, key):
+            return super().policy_loss(state, batch._replace(observations=batch.observations.clone()), key)
+
+    losses = []
+    for kind in (SAC, Own, Detached):
+        learner = Learner("sac", kind=kind, meta=Shaping(MetaCritic()))
+        loss = learner.agent._update_parts(learner.state).policy_loss(batch_of_rows(learner), RandomKey(3)).loss
+        losses.append((loss, torch.autograd.grad(loss, list(learner.state.policy.parameters()))))
+    for loss, gradients in losses[1:]:
+        torch.testing.assert_close(loss, losses[0][0])
+        for gradient, truth in zip(gradients, losses[0][1], strict=True):
+            torch.testing.assert_close(gradient, truth, rtol=1e-4, atol=1e-6)
+
+
+def batch_of_rows(learner):
+    return learner.state.replay.sample(40, key=RandomKey(1))
 
 
 @pytest.mark.parametrize("policy", [Plain, Featured])

@@ -352,7 +352,9 @@ class ActorCritic:
             log_entropy_coefficient=state.log_entropy_coefficient,
             q_values=state.critics,
             next_values=lambda batch, key: self.next_values(state, batch, key),
-            policy_loss=lambda batch, key: shaped_policy_loss(state, batch, self.policy_loss(state, batch, key)),
+            policy_loss=lambda batch, key: shaped_policy_loss(
+                state, batch, lambda: self.policy_loss(state, batch, key)
+            ),
             after_policy_step=lambda learned: self.after_policy_step(state, learned),
             entropy_coefficient=lambda: state.entropy_coefficient,
             set_entropy_coefficient=state.set_entropy_coefficient,

@@ -16,6 +16,7 @@ from angle_rl.config import AgentConfig
 from angle_rl.engines.base import NextValues, PolicyLoss
 from angle_rl.meta.base import Learning
 from angle_rl.meta.inner import Parameters, with_parameters
+from angle_rl.models import DeterministicPolicy, SquashedGaussianPolicy
 from angle_rl.types import Batch, RandomKey
 
 UNUSED = RandomKey(0)  # for actions that nothing random goes into
@@ -106,20 +107,39 @@ def shapes_policy_loss(state: LearnerState) -> bool:
     return bool(getattr(state.meta, "shapes_policy_loss", False))
 
 
-def shaped_policy_loss(state: ActorCriticState, batch: Batch, learned: PolicyLoss) -> PolicyLoss:
+def shaped_policy_loss(state: ActorCriticState, batch: Batch, policy_loss: Callable[[], PolicyLoss]) -> PolicyLoss:
     """What policy steps descend: the agent's own loss on a batch, and that of what was passed as `meta`, if any.
 
     TypeError where there is one and the agent's own does not say which actions it was taken at.
     """
     if not shapes_policy_loss(state):
-        return learned
+        return policy_loss()
+    if state.meta.reads_features and callable(getattr(state.policy, "features", None)):
+        learned, features = _with_features(state.policy, batch.observations, policy_loss)
+    else:
+        learned, features = policy_loss(), None
     if learned.actions is None:
         raise TypeError("policy_loss gave no actions, which the auxiliary loss of meta reads; let its PolicyLoss do so")
-    policy: Any = state.policy
-    reads = state.meta.reads_features and callable(getattr(policy, "features", None))
-    features = policy.features(batch.observations) if reads else None
     auxiliary = state.meta.policy_auxiliary_loss(features, batch._replace(actions=learned.actions))
     return learned if auxiliary is None else learned._replace(loss=learned.loss + auxiliary)
+
+
+def _with_features(policy: Any, observations: Any, call: Callable[[], PolicyLoss]) -> tuple[PolicyLoss, Tensor]:
+    """``call()``, and the policy's features of these observations: our own policies' from the pass that it makes."""
+    if type(policy) not in (SquashedGaussianPolicy, DeterministicPolicy):
+        return call(), policy.features(observations)
+    found: list[Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: Tensor) -> None:
+        if inputs[0] is observations and output.requires_grad:
+            found.append(output)
+
+    handle = policy.body.register_forward_hook(keep)
+    try:
+        learned = call()
+    finally:
+        handle.remove()
+    return learned, found[-1] if found else policy.features(observations)
 
 
 def set_hyperparameters(state: LearnerState, values: Mapping[str, float]) -> None:
