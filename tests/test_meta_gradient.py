@@ -109,9 +109,16 @@ def test_dqns_target_is_of_the_network_that_learns_or_of_the_target(double_q):
     check_gradients(learner, learning, inputs_of("dqn"), step=1e-4)
 
 
-def test_the_loss_is_numpys():
-    """mean(w sum_k c_k (Q_k - y)^2) with y = scale r + [discounts > 0] discount^steps (min Q' - alpha log pi)."""
-    learner, learning = begun(ALL)
+@pytest.mark.parametrize("delta", [None, 0.4])
+def test_the_loss_is_numpys(delta):
+    """mean(w sum_k c_k error(Q_k - y)) with y = scale r + [discounts > 0] discount^steps (min Q' - alpha log pi)."""
+    learner, learning = begun(ALL, learning=learning_of("sac", huber_delta=delta))
+    learning.set_hyperparameters({"discount": 0.7, "reward_scale": 3.0, "loss_weight_0": 0.5, "loss_weight_1": 1.5})
+
+    def error(difference):
+        size = np.abs(difference)
+        return size**2 if delta is None else np.where(size <= delta, size**2 / 2, delta * (size - delta / 2))
+
     with torch.no_grad():
         for raw, move in zip(learner.meta_parameters().values(), (0.3, -0.2, 0.5, 0.1, 0.0), strict=True):
             raw += move
@@ -124,26 +131,27 @@ def test_the_loss_is_numpys():
     not_ended = batch.discounts.numpy() > 0
     target = eta["reward_scale"] * batch.rewards.numpy() + not_ended * eta["discount"] * value
     weights = np.array([[eta["loss_weight_0"]], [eta["loss_weight_1"]]])
-    expected = np.mean(batch.importance_weights.numpy() * (weights * (q - target) ** 2).sum(0))
+    expected = np.mean(batch.importance_weights.numpy() * (weights * error(q - target)).sum(0))
     parameters = {n: p.requires_grad_() for n, p in frozen(learning.networks["critics"]).items()}
     assert learner.inner_loss(learning, parameters, batch, key).item() == pytest.approx(expected, rel=1e-6)
     fixed = 1.0 * batch.rewards.numpy() + not_ended * 0.99 * (
         future.q.detach().numpy().min(0) - 0.2 * future.log_prob.detach().numpy()
     )
-    expected = np.mean(batch.importance_weights.numpy() * ((q - fixed) ** 2).sum(0))
+    expected = np.mean(batch.importance_weights.numpy() * error(q - fixed).sum(0))
     found = learner.outer_loss(learning, parameters, inputs_of("sac", validation_batch=batch), key)
     assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_target_is_a_constant_to_the_critics():
-    """The gradient by the critics is that of the squared error alone, in double Q-learning too."""
+    """The gradient by the critics is that of the squared error alone, and in double Q-learning these critics choose."""
     for agent in ("sac", "dqn"):
         learner, learning = begun(agent=agent)
         batch = inputs_of(agent).batch
-        parameters = {n: p.requires_grad_() for n, p in frozen(learning.networks["critics"]).items()}
+        own = frozen(learning.networks["critics"])
+        parameters = {name: (-3.0 * tensor).requires_grad_() for name, tensor in own.items()}
         loss = learner.inner_loss(learning, parameters, batch, RandomKey(1))
         with torch.no_grad():
-            future = learning.next_values(batch, RandomKey(1))
+            future = learning.next_values(batch, RandomKey(1), critics=parameters)
             value = future.q.amin(0)
             if future.log_prob is not None:
                 value = value - future.entropy_coefficient * future.log_prob
