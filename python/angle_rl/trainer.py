@@ -254,24 +254,48 @@ class AgentTrainer:
                 if episodes is not None and episodes.is_over(state):
                     state = self._begin_episode(state, episodes)
                 steps_before = self.steps
-                action, state = self.agent.select_action(state, state.iteration)
-                seen = self._step_environments(state, action, run, episodes)
-                following = state._replace(environment_state=seen)
-                state = self.agent.record_observation(state, action, seen.reward, seen.terminated, following)
-                # Only the agent's part is its own to give: the rest is what was seen.
-                state = following._replace(agent_state=state.agent_state)
-                self.steps += int(seen.stepped.sum())
-                # sample, target, critic step; policy and meta step where due
-                state = self._learn(state, self.agent.optimize_model)
-                if episodes is not None and episodes.state_to_trajectory is not None:
-                    self._rest()
-                    episodes.note(state)
-                state = self._end_episodes(state._replace(iteration=state.iteration + 1), run, episodes)
-                self._rl_state = state
+                state = self._step(state, run, episodes)
                 if episodes is not None and episodes.is_over(state):
                     self._complete_episode(state, episodes, run)
                 self._report(steps_before, run, progress, episodes)
             return self._finish(run, interrupted())
+
+    def advance(self, steps: int, *, learn: bool = True) -> None:
+        """So many environment steps more, by steps, with what is learned from them: no evaluation, nothing written.
+
+        With several environments at once it may be some more. `learn` False records only: the updates that are due
+        are taken when steps are learned from again. Goes on where `train` or this ended. ValueError: `steps` < 1, or
+        `overlap`, whose thread `train` keeps. Raises as `train` besides.
+        """
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; it must be at least 1")
+        if self.config.training.overlap:
+            raise ValueError("overlap is True; advance learns where it steps")
+        until = self.steps + steps
+        with torch_threads(self.config.training.threads):
+            state = self._begin(None)
+            while self.steps < until:
+                state = self._step(state, None, None, learn=learn)
+            if learn:
+                self._finish_updates()
+
+    def _step(self, state: RLState, run: runs.Run | None, episodes: Episodes | None, *, learn: bool = True) -> RLState:
+        """One step of all environments, and what is learned from it."""
+        action, state = self.agent.select_action(state, state.iteration)
+        seen = self._step_environments(state, action, run, episodes)
+        following = state._replace(environment_state=seen)
+        state = self.agent.record_observation(state, action, seen.reward, seen.terminated, following)
+        # Only the agent's part is its own to give: the rest is what was seen.
+        state = following._replace(agent_state=state.agent_state)
+        self.steps += int(seen.stepped.sum())
+        if learn:  # sample, target, critic step; policy and meta step where due
+            state = self._learn(state, self.agent.optimize_model)
+        if episodes is not None and episodes.state_to_trajectory is not None:
+            self._rest()
+            episodes.note(state)
+        state = self._end_episodes(state._replace(iteration=state.iteration + 1), run, episodes)
+        self._rl_state = state
+        return state
 
     def _is_done(self, state: RLState, episodes: Episodes | None) -> bool:
         if episodes is None:
@@ -316,9 +340,9 @@ class AgentTrainer:
             )
 
     def _step_environments(
-        self, state: RLState, action: Array, run: runs.Run, episodes: Episodes | None
+        self, state: RLState, action: Array, run: runs.Run | None, episodes: Episodes | None
     ) -> EnvironmentState:
-        """What the actions led to. Where the environment fails, the run is saved before the error goes on."""
+        """What the actions led to. Where the environment fails, the run, if any, is saved before the error goes on."""
         try:
             before = state.environment_state if episodes is None else episodes.asked_of(state)
             seen, self._feed_key = self.feed.step(self._feed_key, before, action)
@@ -331,7 +355,8 @@ class AgentTrainer:
                     f"after {self.steps} steps; rewards must be finite"
                 )
         except Exception:
-            self._save_to(run)
+            if run is not None:
+                self._save_to(run)
             raise
         return seen
 
@@ -348,7 +373,7 @@ class AgentTrainer:
             good = "there is no checkpoint yet" if self._last_checkpoint is None else self._last_checkpoint
             raise LossNotFiniteError(f"{error}; the last good checkpoint: {good}") from error
 
-    def _end_episodes(self, state: RLState, run: runs.Run, episodes: Episodes | None) -> RLState:
+    def _end_episodes(self, state: RLState, run: runs.Run | None, episodes: Episodes | None) -> RLState:
         """Count what the episodes gave. By steps, reset the agent for each that ended."""
         seen = state.environment_state
         self._episode_returns += np.where(seen.stepped, unscaled_reward(self.feed, seen.reward), 0.0)
@@ -357,7 +382,8 @@ class AgentTrainer:
             episode_return, length = float(self._episode_returns[index]), int(self._episode_lengths[index])
             self._recent_returns.append(episode_return)
             self._mean_return = float(np.mean(self._recent_returns))
-            run.log(self.steps, {"train/episode_return": episode_return, "train/episode_length": length})
+            if run is not None:
+                run.log(self.steps, {"train/episode_return": episode_return, "train/episode_length": length})
             self._episode_returns[index], self._episode_lengths[index] = 0.0, 0
             if episodes is None:
                 state = self._reset_agent(state)
@@ -399,14 +425,19 @@ class AgentTrainer:
         return metrics
 
     def _finish(self, run: runs.Run, interrupted: bool) -> Evaluation | None:
-        finish_updates = getattr(self.agent, "finish_updates", None)
-        if finish_updates is not None and not interrupted:
-            self._rl_state = self._learn(self._rl_state, finish_updates)
+        if not interrupted:
+            self._finish_updates()
         self._rest()
         evaluation = None if interrupted else self._evaluate_into(run)
         self._save_to(run)
         run.plot()
         return evaluation
+
+    def _finish_updates(self) -> None:
+        """The updates that wait for `updates_per_call`."""
+        finish_updates = getattr(self.agent, "finish_updates", None)
+        if finish_updates is not None:
+            self._rl_state = self._learn(self._rl_state, finish_updates)
 
     @contextmanager
     def _running(self, episodes: Episodes | None) -> Iterator[tuple[runs.Run, runs.Progress, Callable[[], bool]]]:

@@ -258,7 +258,7 @@ LATER_COUNTERS = ("held_back",)
 
 def export_state(state: LearnerState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state as named tensors (not copied: write them before the next step) and JSON-able values."""
-    tensors = _own_tensors(state)
+    tensors = learned_tensors(state)
     for name, optimizer in state.optimizers.items():
         # Numbered as the optimizer's state_dict numbers them, whose first call imports torch's compiler: a second.
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -278,7 +278,7 @@ def export_state(state: LearnerState) -> tuple[dict[str, torch.Tensor], dict[str
 
 def import_state(state: LearnerState, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
     """Put back what `export_state` gave. ValueError where it does not fit, and nothing changes then."""
-    own = _own_tensors(state)
+    own = learned_tensors(state)
     for name, tensor in own.items():
         if name not in tensors:
             raise ValueError(f"the checkpoint has no {name}; it belongs to another agent or other networks")
@@ -330,7 +330,7 @@ def _checked_noise(state: LearnerState, tensors: dict[str, torch.Tensor]) -> tor
     return noise.clone()
 
 
-def _own_tensors(state: LearnerState) -> dict[str, torch.Tensor]:
+def learned_tensors(state: LearnerState) -> dict[str, torch.Tensor]:
     """The networks' tensors and the entropy coefficient's, by name, sharing memory with the state."""
     tensors: dict[str, torch.Tensor] = {}
     for name in state.networks:
