@@ -7,5 +7,16 @@ from angle_rl.meta.bootstrapped import Bootstrapped
 from angle_rl.meta.critic import MetaCritic
 from angle_rl.meta.entropy import MetaEntropy
 from angle_rl.meta.gradient import MetaGradient
+from angle_rl.meta.initialization import MAML, Reptile
 
-__all__ = ["Bootstrapped", "Learning", "MetaCritic", "MetaEntropy", "MetaGradient", "MetaInputs", "MetaLearner"]
+__all__ = [
+    "MAML",
+    "Bootstrapped",
+    "Learning",
+    "MetaCritic",
+    "MetaEntropy",
+    "MetaGradient",
+    "MetaInputs",
+    "MetaLearner",
+    "Reptile",
+]
