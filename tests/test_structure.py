@@ -35,7 +35,7 @@ FLOORS = [
     ["agents"],
     ["episodes", "evaluation", "overlap", "resuming"],
     ["trainer"],
-    ["meta_trainer"],
+    ["task_trainer", "meta_trainer"],
     ["testing"],
     ["bench"],
     ["cli"],

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from angle_rl.agents.actor_critic import as_tensors
 from angle_rl.config import AgentConfig
-from angle_rl.feed import DataFeed, ResetsFeed
+from angle_rl.evaluation import Evaluation
+from angle_rl.feed import DataFeed, ResetsFeed, make_feed
 from angle_rl.meta import Bootstrapped, MetaCritic, MetaEntropy, MetaGradient
 from angle_rl.meta.base import Learning, MetaInputs, MetaLearner
+from angle_rl.meta.initialization import MAML, Initialization, Reptile
 from angle_rl.meta.inner import tensors_in
 from angle_rl.spaces import row_of
+from angle_rl.task_trainer import TaskSet, check_config, task_feeds
 from angle_rl.trainer import AgentTrainer
 from angle_rl.types import Batch, RandomKey
 
@@ -30,6 +33,8 @@ LEARNERS: dict[str, Callable[[AgentConfig], MetaLearner]] = {
 }
 """What the config's `meta` names"""
 
+TASKS = "tasks."  # before the names of the task set's tensors
+
 
 class MetaLearnerTrainer(AgentTrainer):
     """Runs the usual loop with itself as the meta trainer: every `meta_update_interval` steps its learners learn.
@@ -38,12 +43,21 @@ class MetaLearnerTrainer(AgentTrainer):
     and noise alike, come from a random stream of their own: outside the meta-parameters, and what they set, a meta
     step leaves everything as it was.
 
-    Args:
-        config: as AgentTrainer's; its `meta` names a learner where `learner` is None.
-        learner: a MetaLearner, or several, which set different hyperparameters.
-        feed and what follows it: as AgentTrainer's.
+    With `tasks` it learns an initialisation of policy and critics for a family of tasks in place of that: its own
+    networks are the initialisation, `train` visits tasks in turn, `evaluate` scores the initialisation on all of them,
+    and `adapt` trains from it on a new one. See `TaskSet` for what a visit is.
 
-    Raises ValueError or TypeError as AgentTrainer, and where a learner cannot learn about this agent.
+    Args:
+        config: as AgentTrainer's; its `meta` names a learner where `learner` is None. With tasks, `steps` are
+            environment steps of all tasks together.
+        learner: a MetaLearner, or several, which set different hyperparameters. None with tasks.
+        feed and what follows it: as AgentTrainer's. With tasks only policy, critics and q_future may be given.
+        tasks: what `make_feed` takes, several times, with the same spaces: ids, functions that make environments,
+            environments, feeds.
+        initialization: how the initialisation is learned, a `Reptile` or a `MAML`; None: Reptile.
+
+    Raises ValueError or TypeError as AgentTrainer, where a learner cannot learn about this agent, and where tasks
+    contradict the config, one another or other arguments.
     """
 
     def __init__(
@@ -51,13 +65,26 @@ class MetaLearnerTrainer(AgentTrainer):
         config: AgentConfig,
         learner: MetaLearner | Sequence[MetaLearner] | None = None,
         feed: Any = None,
+        *,
+        tasks: Sequence[Any] | None = None,
+        initialization: Initialization | None = None,
         **parts: Any,
     ) -> None:
         if not isinstance(config, AgentConfig):
             raise TypeError(f"config is a {type(config).__name__}; it must be an AgentConfig")
         if "meta" in parts:
             raise TypeError("meta is given; a MetaLearnerTrainer is its own meta trainer")
-        self.learners = _checked_learners(config, learner)
+        self.tasks: TaskSet | None = None
+        feeds: list[DataFeed] = []
+        if tasks is None:
+            if initialization is not None:
+                raise ValueError("initialization is given without tasks; an initialisation is learned from tasks")
+            self.learners = _checked_learners(config, learner)
+        else:
+            _check_tasks_alone(config, learner, feed, initialization, parts)
+            feeds = task_feeds(tasks, config.training.parallel_environments)
+            feed = feeds[0]
+            self.learners = ()
         self.meta_steps = 0
         self.skipped_meta_steps = 0
         self._meta_key = RandomKey(config.training.seed).split(5)[4]
@@ -67,6 +94,83 @@ class MetaLearnerTrainer(AgentTrainer):
         self._seconds = 0.0  # in meta steps
         self._since: float | None = None  # when the first of them began
         super().__init__(config, feed, meta=self, **parts)
+        if feeds:
+            assert self._learning is not None
+            self.tasks = TaskSet(
+                config,
+                feeds,
+                self._rl_state.agent_state,
+                self._learning,
+                Reptile() if initialization is None else initialization,
+                {"q_future": parts["q_future"]} if "q_future" in parts else {},
+            )
+
+    # An initialisation for tasks ----------
+
+    def train(self, **by_episodes: Any) -> Evaluation | None:
+        """As `AgentTrainer.train`; with tasks: visit them until the config's `steps`, with a run folder likewise.
+
+        Returns the last evaluation: of the initialisation, on every task. ValueError: episodes are asked for with
+        tasks, which are visited by steps. Otherwise raises as `AgentTrainer.train`.
+        """
+        if self.tasks is None:
+            return super().train(**by_episodes)
+        if any(value is not None for value in by_episodes.values()):
+            raise ValueError(f"{', '.join(by_episodes)} belong to training by episodes; tasks are visited by steps")
+        self._evaluates = self.tasks.can_evaluate()
+        with self._running(None) as (run, progress, interrupted):
+            while self.steps < self.config.training.steps and not interrupted():
+                before = self.steps
+                try:
+                    self._visit(self.config.training.steps - before)
+                except Exception:
+                    self._save_to(run)
+                    raise
+                self._report(before, run, progress, None)
+            return self._finish(run, interrupted())
+
+    def advance(self, steps: int, *, learn: bool = True) -> None:
+        """As `AgentTrainer.advance`; with tasks: visit them for so many environment steps, learning."""
+        if self.tasks is None:
+            super().advance(steps, learn=learn)
+            return
+        if steps < 1 or not learn:
+            raise ValueError(f"steps is {steps} and learn {learn}; tasks are visited for at least 1 step, learning")
+        until = self.steps + steps
+        while self.steps < until:
+            self._visit(until - self.steps)
+
+    def adapt(self, feed: Any, steps: int, *, seed: int | None = None) -> AgentTrainer:
+        """Train from the initialisation on a task, and return the trainer; the initialisation stays as it is.
+
+        The trainer has copies of the networks and of the optimisers' moments, a replay of its own, and goes on with
+        `advance`. It takes no random steps, whatever the config's `learning_starts`: the initialisation's policy acts,
+        and explores, from the first step on. The first `batch_size` steps, at most half of all, are recorded and not
+        learned from yet, since updates on a few rows alone would undo more than they teach.
+
+        Args:
+            feed: what `make_feed` takes, of the tasks' spaces.
+            steps: environment steps, >= 1.
+            seed: decides all that is random; None: one that follows from the config's. The same seed, the same trainer.
+
+        Raises:
+            ValueError: there are no tasks, steps < 1, or the feed has other spaces than the tasks.
+        """
+        if self.tasks is None:
+            raise ValueError("this MetaLearnerTrainer has no tasks, and so no initialisation to adapt")
+        made = make_feed(feed, num_environments=self.config.training.parallel_environments)
+        return self.tasks.adapt(made, steps, seed)
+
+    def evaluate(self, episodes: int | None = None) -> Evaluation:
+        """As `AgentTrainer.evaluate`; with tasks: so many episodes of the initialisation on each, in their order."""
+        return super().evaluate(episodes) if self.tasks is None else self.tasks.evaluate(episodes)
+
+    def _visit(self, most: int) -> None:
+        assert self.tasks is not None
+        visit = self.tasks.visit(most)
+        self.steps += visit.steps
+        self.meta_steps, self.skipped_meta_steps = self.tasks.visits, self.tasks.skipped_visits
+        self._metrics_of_meta = visit.metrics
 
     # The meta step ----------
 
@@ -138,6 +242,9 @@ class MetaLearnerTrainer(AgentTrainer):
         """The newest losses, the hyperparameters that learners set, as they are now, the steps skipped, and the share
         of time that meta steps took since the first.
         """
+        if self.tasks is not None:
+            visits = {"meta/visits": float(self.tasks.visits), "meta/skipped": float(self.tasks.skipped_visits)}
+            return self._metrics_of_meta | visits
         if self._since is None or self._learning is None:
             return {}
         configured = self._learning.hyperparameters
@@ -175,6 +282,8 @@ class MetaLearnerTrainer(AgentTrainer):
 
     def bind(self, learning: Learning) -> None:
         """Belong to an agent from now on. Raises ValueError as the learners' `begin`; nothing has changed then."""
+        if self.tasks is not None:
+            raise ValueError("this MetaLearnerTrainer has tasks; it cannot learn about another trainer's agent")
         keys = self._meta_key.split(1 + len(self.learners))
         starts = [learner.begin(learning, key) for learner, key in zip(self.learners, keys[1:], strict=True)]
         for learner, start in zip(self.learners, starts, strict=True):
@@ -194,18 +303,27 @@ class MetaLearnerTrainer(AgentTrainer):
             for index, learner in enumerate(self.learners)
             for name, tensor in learner.state_dict().items()
         }
-        return tensors, {
+        values = {
             "learners": [learner.name for learner in self.learners],
             "key": self._meta_key.value,
             "steps": self.meta_steps,
             "skipped": self.skipped_meta_steps,
         }
+        if self.tasks is not None:
+            of_tasks, values["tasks"] = self.tasks.export_state()
+            tensors |= {TASKS + name: tensor for name, tensor in of_tasks.items()}
+        return tensors, values
 
     def import_meta_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Put back what `export_meta_state` gave. ValueError where it is of other learners; nothing changes then."""
         names = [learner.name for learner in self.learners]
         if values["learners"] != names:
             raise ValueError(f"the checkpoint's meta-learners are {values['learners']}; here they are {names}")
+        if (self.tasks is not None) != ("tasks" in values):
+            there, here = ("no tasks", "some") if self.tasks is not None else ("tasks", "none")
+            raise ValueError(f"the checkpoint is of {there}, and this trainer has {here}")
+        if self.tasks is not None:
+            self.tasks.import_state(_part(tensors, TASKS), values["tasks"])
         own = [_part(tensors, f"{index}.") for index in range(len(names))]
         before = [learner.state_dict() for learner in self.learners]
         try:
@@ -267,6 +385,25 @@ def _checked_learners(
         if every.count(setting) > 1:
             raise ValueError(f"two learners set {setting}; each hyperparameter can be learned by one")
     return learners
+
+
+def _check_tasks_alone(
+    config: AgentConfig, learner: Any, feed: Any, initialization: Any, parts: Mapping[str, Any]
+) -> None:
+    """Raise where tasks are given with what they take the place of."""
+    if learner is not None:
+        raise ValueError(
+            "learner and tasks are both given; a MetaLearnerTrainer learns hyperparameters of one agent, or an "
+            "initialisation for tasks"
+        )
+    if feed is not None:
+        raise ValueError("feed and tasks are both given; with tasks these are the feeds")
+    for name in parts:
+        if name not in ("policy", "critics", "q_future"):
+            raise ValueError(f"{name} is given with tasks; each task's trainer has its own")
+    if initialization is not None and not isinstance(initialization, Reptile | MAML):
+        raise TypeError(f"initialization is a {type(initialization).__name__}; it must be a Reptile or a MAML")
+    check_config(config)
 
 
 def _halves(states: Any) -> tuple[Any, Any]:
