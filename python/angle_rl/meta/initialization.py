@@ -63,7 +63,7 @@ class MAML:
         learning_rate: Adam's step size for the initialisation, >= 0.
         inner_steps: differentiable steps, a batch each, >= 1.
         inner: their kind, see `InnerOptimizer`. Adam by default, from the moments on that the tasks left, as an
-            adaptation begins: plain gradients of L_Q grow with the square of the rewards, and "sgd" needs an
+            adaptation begins; plain gradients of L_Q grow with the rewards, so "sgd" may need an
             `inner_learning_rate` to match.
         inner_learning_rate: their size, > 0; None: the one of the network's optimiser.
         updates: outer steps in each visit to a task, >= 1.
