@@ -14,7 +14,7 @@ from torch.distributions import Normal, kl_divergence
 from angle_rl import AgentConfig, AgentTrainer, Hyperparameters, Service, Training, meta_trainer
 from angle_rl.agents.sac import SAC
 from angle_rl.feed import FunctionFeed
-from angle_rl.meta import Bootstrapped, MetaEntropy, MetaLearner
+from angle_rl.meta import Bootstrapped, MetaEntropy, MetaGradient, MetaLearner
 from angle_rl.meta.bootstrapped import gaussian_kl
 from angle_rl.meta.inner import frozen, gradients_of
 from angle_rl.meta_trainer import MetaLearnerTrainer
@@ -114,6 +114,13 @@ def test_the_gradient_is_that_of_the_distance_to_a_target_held_fixed(name, steps
 @pytest.mark.parametrize("steps", [1, 3])
 def test_so_it_is_where_critics_learn(steps, inner):
     check_gradients(*case("critics", kind=Held, inner=inner, steps=steps, target_steps=2))
+
+
+@pytest.mark.parametrize("agent", ["sac", "td3"])
+@pytest.mark.parametrize("inner", ["sgd", "adam"])
+def test_so_it_is_around_meta_gradient(agent, inner):
+    learner = Held(MetaGradient(("discount", "reward_scale"), inner=inner), steps=2, target_steps=3)
+    check_gradients(learner, learning_of_agent(agent), meta_inputs(transitions=True), step=1e-4)
 
 
 def with_a_gradient(learner, learning, inputs, reached):
