@@ -320,7 +320,7 @@ def plot_hyperparameters(run_folders: Sequence[PathLike], out_png: PathLike) -> 
     for number, name in enumerate(names):
         axes = figure.add_subplot(len(names), 1, number + 1)
         for folder, lines in runs:
-            axes.plot(*_series(lines, name), label=folder.resolve().name)
+            axes.plot(*_series(lines, name), marker=".", markersize=3, label=folder.resolve().name)
         axes.set_ylabel(name.removeprefix("meta/").replace("_", " "))
         axes.grid(alpha=0.3)
         if number == 0:
