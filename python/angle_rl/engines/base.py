@@ -97,3 +97,12 @@ class Engine(Protocol):
         arguments may depend on how many were taken.
         """
         ...
+
+
+def one_by_one(engine: Engine, calls: Sequence[tuple[RandomKey, int, bool]]) -> Iterator[UpdateResult]:
+    """`Engine.update_many` of an engine that takes its updates singly: each when its result is asked for."""
+    for call in calls:
+        result = engine.update(*call)
+        yield result
+        if not result.finite:
+            return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from angle_rl.engines.base import Update, UpdateResult
+from angle_rl.engines.base import Update, UpdateResult, one_by_one
 from angle_rl.engines.native import NativeEngine
 from angle_rl.engines.recognize import native_refusal
 from angle_rl.engines.torch import TorchEngine
@@ -63,11 +63,7 @@ class NativeCriticsEngine:
 
     def update_many(self, calls: Sequence[tuple[RandomKey, int, bool]]) -> Iterator[UpdateResult]:
         """One update after the other, each when its result is asked for."""
-        for call in calls:
-            result = self.update(*call)
-            yield result
-            if not result.finite:
-                return
+        return one_by_one(self, calls)
 
 
 def critics_refusal(spec: UpdateSpec, update: Update) -> str | None:

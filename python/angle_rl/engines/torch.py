@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from angle_rl import ops
-from angle_rl.engines.base import PolicyLoss, Update, UpdateResult
+from angle_rl.engines.base import PolicyLoss, Update, UpdateResult, one_by_one
 from angle_rl.types import Batch, RandomKey, UpdateSpec
 
 
@@ -90,11 +90,7 @@ class TorchEngine:
 
     def update_many(self, calls: Sequence[tuple[RandomKey, int, bool]]) -> Iterator[UpdateResult]:
         """One update after the other, each when its result is asked for."""
-        for call in calls:
-            result = self.update(*call)
-            yield result
-            if not result.finite:
-                return
+        return one_by_one(self, calls)
 
     def _sample(self) -> Batch:
         batch: Batch = self._update.replay.sample(self._spec.batch_size, device=self._sample_device)
