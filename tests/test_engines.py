@@ -15,7 +15,7 @@ from engine_parts import NAMES, assert_same, made, spec_of, tensors_of
 
 from angle_rl.agents import DDPG, DQN, SAC, TD3, DiscreteSAC
 from angle_rl.agents.noise import random_subset
-from angle_rl.agents.optimizers import without_compiler
+from angle_rl.agents.optimizers import moments_of, without_compiler
 from angle_rl.config import Hyperparameters
 from angle_rl.models import TwinQ
 from angle_rl.types import RandomKey
@@ -315,3 +315,15 @@ def test_a_checkpoint_carries_adamw_on_bit_for_bit(tmp_path):
     )
     assert type(restored.optimizers["policy"]) is torch.optim.AdamW
     assert restored.optimizers["policy"].param_groups[0]["weight_decay"] == 0.1
+
+
+def test_moments_are_those_of_the_state_dict():
+    network = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.Adam(network.parameters())
+    assert moments_of(optimizer) == {}
+    network(torch.ones(1, 2)).sum().backward()
+    network.bias.grad = None  # the second parameter takes no step
+    optimizer.step()
+    found, expected = moments_of(optimizer), optimizer.state_dict()["state"]
+    assert found.keys() == expected.keys() == {0}
+    assert all(found[0][slot] is tensor for slot, tensor in expected[0].items())

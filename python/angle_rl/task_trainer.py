@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from angle_rl import ops
+from angle_rl.agents.optimizers import moments_of
 from angle_rl.agents.state import ActorCriticState, learned_tensors
 from angle_rl.config import AgentConfig
 from angle_rl.evaluation import Evaluation, torch_threads
@@ -155,7 +156,7 @@ class TaskSet:
         tensors = {
             f"{ADAM}.{name}.{index}.{slot}": tensor.detach().clone()
             for name, optimizer in self._optimizers.items()
-            for index, slots in optimizer.state_dict()["state"].items()
+            for index, slots in moments_of(optimizer).items()
             for slot, tensor in slots.items()
         }
         return tensors, {
@@ -313,5 +314,5 @@ def _copy_moments(state: ActorCriticState, other: ActorCriticState) -> None:
     """Let the optimisers remember what another state's do. Their step sizes stay."""
     for name, optimizer in state.optimizers.items():
         groups = optimizer.state_dict()["param_groups"]
-        moments = copy.deepcopy(other.optimizers[name].state_dict()["state"])
+        moments = copy.deepcopy(moments_of(other.optimizers[name]))
         optimizer.load_state_dict({"state": moments, "param_groups": groups})

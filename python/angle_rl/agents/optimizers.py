@@ -53,3 +53,13 @@ def network_optimizer(
         kind=hyperparameters.optimizer,
         weight_decay=hyperparameters.weight_decay,
     )
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, torch.Tensor]]:
+    """An optimiser's tensors by parameter and slot, not copied: the "state" of its ``state_dict()``.
+
+    That method's first call would import torch's compiler, which takes a second.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = {index: optimizer.state.get(parameter, {}) for index, parameter in enumerate(parameters)}
+    return {index: slots for index, slots in found.items() if slots}

@@ -16,6 +16,7 @@ from angle_rl._core import MAX_STREAMS
 from angle_rl.agents.base import crossings
 from angle_rl.agents.exploration import Exploration
 from angle_rl.agents.noise import ActionBounds
+from angle_rl.agents.optimizers import moments_of
 from angle_rl.config import AgentConfig
 from angle_rl.engines.base import Engine, UpdateResult
 from angle_rl.spaces import row_of
@@ -260,10 +261,7 @@ def export_state(state: LearnerState) -> tuple[dict[str, torch.Tensor], dict[str
     """The state as named tensors (not copied: write them before the next step) and JSON-able values."""
     tensors = learned_tensors(state)
     for name, optimizer in state.optimizers.items():
-        # Numbered as the optimizer's state_dict numbers them, whose first call imports torch's compiler: a second.
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for index, parameter in enumerate(parameters):
-            slots = optimizer.state.get(parameter, {})
+        for index, slots in moments_of(optimizer).items():
             tensors |= {f"optimizers.{name}.{index}.{slot}": tensor for slot, tensor in slots.items()}
     arrays, replay = state.replay.export_state()
     tensors |= {f"replay.{name}": torch.as_tensor(array) for name, array in arrays.items()}
