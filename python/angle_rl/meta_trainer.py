@@ -353,12 +353,11 @@ class MetaLearnerTrainer(AgentTrainer):
         kept = self._resets()
         if kept is None:
             return otherwise
-        kept = as_tensors(kept, learning.device)
         rows = len(next(tensors_in(kept)))
         if rows == 0:
             return otherwise
-        chosen = (key.uniform(learning.batch_size) * rows).long().to(learning.device)
-        return _like(row_of(kept, chosen), otherwise)
+        chosen = (key.uniform(learning.batch_size) * rows).long().numpy()
+        return _like(as_tensors(row_of(kept, chosen), learning.device), otherwise)
 
 
 def _bootstrapped_name(config: AgentConfig) -> str:
