@@ -11,12 +11,14 @@ import torch
 from angle_rl import AgentConfig, Hyperparameters, Training
 from angle_rl.agents.sac import SAC
 from angle_rl.agents.td3 import TD3
+from angle_rl.feed import FunctionFeed
 from angle_rl.meta import Learning, MetaInputs
 from angle_rl.types import Batch, RandomKey
 
 OBSERVATIONS = gymnasium.spaces.Box(-1, 1, (3,))
 LOW, HIGH = np.float32([-2.0, -1.0]), np.float32([1.0, 3.0])
 ACTIONS = gymnasium.spaces.Box(LOW, HIGH)
+BOX = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)  # of `walk_feed`, observations and actions
 
 
 class Bound:
@@ -108,3 +110,13 @@ def check_gradients(learner, learning, inputs, *, step=1e-5, most=12):
         expected, found = torch.tensor(differences, dtype=torch.float64), gradients[name].double().view(-1)[places]
         assert float(expected.norm()) > 1e-9, f"{name} has no gradient to compare"
         assert float((found - expected).norm() / expected.norm()) <= 1e-5, name
+
+
+def walk_feed() -> FunctionFeed:
+    """A point that the action moves, punished for its distance from 0."""
+
+    def walk(observation: Any, action: Any) -> Any:
+        observation = np.clip(observation + 0.1 * action, -1, 1).astype(np.float32)
+        return observation, -float(np.abs(observation).sum())
+
+    return FunctionFeed(walk, initial_observation=np.array([0.5], np.float32), action_space=BOX, step_limit=10)

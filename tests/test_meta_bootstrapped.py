@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
-from meta_parts import Bound, batch_of, check_gradients, learning_of_agent, meta_inputs
+from meta_parts import BOX, Bound, batch_of, check_gradients, learning_of_agent, meta_inputs, walk_feed
 from torch.distributions import Normal, kl_divergence
 
 from angle_rl import AgentConfig, AgentTrainer, Hyperparameters, Service, Training, meta_trainer
 from angle_rl.agents.sac import SAC
-from angle_rl.feed import FunctionFeed
 from angle_rl.meta import Bootstrapped, MetaEntropy, MetaGradient, MetaLearner
 from angle_rl.meta.bootstrapped import gaussian_kl
 from angle_rl.meta.inner import frozen, gradients_of
@@ -369,18 +366,6 @@ def test_a_policy_whose_divergence_nobody_knows_is_refused():
 
 
 # Runs ----------------------------------------------------------------------------------------------------------
-
-BOX = spaces.Box(-1.0, 1.0, (1,), np.float32)
-
-
-def walk(observation, action):
-    """A point that the action moves, punished for its distance from 0."""
-    observation = np.clip(observation + 0.1 * action, -1, 1).astype(np.float32)
-    return observation, -float(np.abs(observation).sum())
-
-
-def walk_feed():
-    return FunctionFeed(walk, initial_observation=np.array([0.5], np.float32), action_space=BOX, step_limit=10)
 
 
 def small(folder, steps=80, **hyperparameters):

@@ -7,24 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
+from meta_parts import walk_feed
 
 from angle_rl import AgentConfig, AgentTrainer, Hyperparameters, Service, Training
-from angle_rl.feed import FunctionFeed
 from angle_rl.meta import MetaEntropy, MetaLearner
 from angle_rl.meta_trainer import MetaLearnerTrainer
-
-BOX = spaces.Box(-1.0, 1.0, (1,), np.float32)
-
-
-def walk_feed():
-    """A point that the action moves, punished for its distance from 0."""
-
-    def walk(observation, action):
-        observation = np.clip(observation + 0.1 * action, -1, 1).astype(np.float32)
-        return observation, -float(np.abs(observation).sum())
-
-    return FunctionFeed(walk, initial_observation=np.array([0.5], np.float32), action_space=BOX, step_limit=10)
 
 
 def small(folder, steps=120, *, engine="auto", **hyperparameters):
