@@ -321,6 +321,48 @@ class PyReplay {
     return out;
   }
 
+  // Where everything lies in the memory, in bytes from its start, for whoever keeps such memory elsewhere.
+  py::dict layout() const {
+    const SegmentLayout& at = replay_->layout();
+    const RecordLayout& record = replay_->record();
+    const size_t levels = at.tree.levels;
+    std::vector<std::tuple<uint32_t, uint32_t, std::string>> fields;
+    for (size_t f = 0; f < record.fields.size(); ++f) {
+      const py::dtype& dtype = reader_.types()[f].dtype;
+      fields.emplace_back(record.fields[f].offset, record.fields[f].bytes,
+                          dtype.kind() + std::to_string(dtype.itemsize()));
+    }
+    py::dict out;
+    out["capacity"] = at.capacity;
+    out["record_bytes"] = at.record_bytes;
+    out["header_bytes"] = sizeof(SegmentHeader);
+    out["streams_at"] = at.streams_at;
+    out["leaves_at"] = at.leaves_at;
+    out["records_at"] = at.records_at;
+    out["sums_at"] = std::vector<uint64_t>(at.sums_at, at.sums_at + levels);
+    out["shifts"] = std::vector<uint32_t>(at.tree.shift, at.tree.shift + levels);
+    out["top_nodes"] = at.tree.nodes[levels - 1];
+    out["weight_bits"] = at.tree.weight_bits;
+    out["total_bytes"] = at.total_bytes;
+    out["fields"] = fields;
+    out["observations"] = record.roles.observations;
+    out["reward"] = reader_.reward_field();
+    return out;
+  }
+
+  // The default priority that follows from each bucket of weights, were it the highest that holds a row.
+  std::vector<float> bucket_priorities() const {
+    std::vector<float> out(kBuckets);
+    for (size_t bucket = 0; bucket < kBuckets; ++bucket) out[bucket] = replay_->bucket_priority(bucket);
+    return out;
+  }
+
+  // The whole memory, as a view.
+  static py::array_t<uint8_t> memory(const py::object& self) {
+    const Replay& replay = *self.cast<const PyReplay&>().replay_;
+    return py::array_t<uint8_t>(static_cast<py::ssize_t>(replay.layout().total_bytes), replay.segment(), self);
+  }
+
   // The state's parts, of `slots` records or of those in use.
   static StateParts parts(const py::object& self, std::optional<uint64_t> slots) {
     const Replay& replay = *self.cast<const PyReplay&>().replay_;
@@ -465,6 +507,9 @@ void bind_replay(py::module_& m) {
       .def(
           "parts", [](const py::object& self, std::optional<uint64_t> slots) { return PyReplay::parts(self, slots); },
           py::arg("slots") = py::none())
+      .def("layout", &PyReplay::layout)
+      .def("bucket_priorities", &PyReplay::bucket_priorities)
+      .def("memory", [](const py::object& self) { return PyReplay::memory(self); })
       .def("adopt", &PyReplay::adopt, py::arg("header"), py::arg("slots"))
       .def("restore", &PyReplay::restore, py::arg("header"), py::arg("index"), py::arg("records"))
       .def("sums_are_exact", &PyReplay::sums_are_exact)

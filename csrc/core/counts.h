@@ -13,17 +13,17 @@ namespace angle {
 // Weights by size in buckets of 1/32 octave, so that the largest live one is known to 3.2 %.
 struct WeightBuckets {
   // 1 <= weight < 2**62. O(1).
-  static size_t of(uint64_t weight) {
+  static constexpr size_t of(uint64_t weight) {
     const int octave = 63 - __builtin_clzll(weight);
     return static_cast<size_t>(octave) * 32 + ((weight << (63 - octave)) >> 58 & 31);
   }
   // The least and the largest weight of a bucket. O(1).
-  static uint64_t lower_edge(size_t bucket) {
+  static constexpr uint64_t lower_edge(size_t bucket) {
     const size_t octave = bucket / 32;
     const uint64_t lead = 32 + bucket % 32;
     return octave >= 5 ? lead << (octave - 5) : (lead + (1ull << (5 - octave)) - 1) >> (5 - octave);
   }
-  static uint64_t upper_edge(size_t bucket) {
+  static constexpr uint64_t upper_edge(size_t bucket) {
     const size_t octave = bucket / 32;
     const uint64_t lead = 32 + bucket % 32;
     return octave >= 5 ? ((lead + 1) << (octave - 5)) - 1 : lead >> (5 - octave);

@@ -62,22 +62,22 @@ struct RecordLayout {
 struct RecordHead {
   static constexpr uint64_t kTerminated = 1, kTruncated = 2, kRow = 4;  // kRow: more than an observation
 
-  static uint64_t of(uint64_t lap, uint64_t stream, uint64_t flags) { return lap << 20 | flags << 16 | stream; }
-  static uint64_t lap(uint64_t head) { return head >> 20; }
-  static uint64_t stream(uint64_t head) { return head & 0xFFFF; }
-  static bool has(uint64_t head, uint64_t flags) { return (head >> 16 & flags) != 0; }
-  static uint64_t without(uint64_t head, uint64_t flags) { return head & ~(flags << 16); }
+  static constexpr uint64_t of(uint64_t lap, uint64_t stream, uint64_t flags) { return lap << 20 | flags << 16 | stream; }
+  static constexpr uint64_t lap(uint64_t head) { return head >> 20; }
+  static constexpr uint64_t stream(uint64_t head) { return head & 0xFFFF; }
+  static constexpr bool has(uint64_t head, uint64_t flags) { return (head >> 16 & flags) != 0; }
+  static constexpr uint64_t without(uint64_t head, uint64_t flags) { return head & ~(flags << 16); }
 };
 
 // The priority that a row's weight follows: float32 << 32 | lap's low 32 bits. Whoever updates a row stores it
 // outright; a store that comes too late and meets the slot's next row shows by its lap.
 struct RecordPriority {
-  static uint64_t of(float priority, uint64_t lap) {
+  static constexpr uint64_t of(float priority, uint64_t lap) {
     return static_cast<uint64_t>(std::bit_cast<uint32_t>(priority)) << 32 | (lap & 0xFFFFFFFF);
   }
-  static float value(uint64_t word) { return std::bit_cast<float>(static_cast<uint32_t>(word >> 32)); }
-  static bool has_lap(uint64_t word, uint64_t lap) { return (word & 0xFFFFFFFF) == (lap & 0xFFFFFFFF); }
-  static bool is_before(uint64_t word, uint64_t lap) { return static_cast<int32_t>((lap - word) & 0xFFFFFFFF) > 0; }
+  static constexpr float value(uint64_t word) { return std::bit_cast<float>(static_cast<uint32_t>(word >> 32)); }
+  static constexpr bool has_lap(uint64_t word, uint64_t lap) { return (word & 0xFFFFFFFF) == (lap & 0xFFFFFFFF); }
+  static constexpr bool is_before(uint64_t word, uint64_t lap) { return static_cast<int32_t>((lap - word) & 0xFFFFFFFF) > 0; }
 };
 
 // The tree's shape: leaves in groups of 2**shift[0], those in groups of 2**shift[1], ... up to at most kMaxTop nodes,
@@ -93,6 +93,30 @@ struct TreeShape {
   uint64_t padded[kMaxLevels]{};  // length of level i's array
   uint64_t leaves_padded = 0;
   uint32_t weight_bits = 0;  // a leaf is lap | state | weight; capacity * 2**weight_bits < 2**62
+};
+
+// A leaf word: lap | state | weight. The lap is the row's generation (0: never written) and its sequence lock. States:
+// a row whose weight is the default or was computed by update_priorities; busy: the row is being written and weighs
+// nothing; held: the record keeps an observation alone, is whole, and weighs nothing.
+struct LeafCode {
+  enum State : uint64_t { kDefault = 0, kComputed = 1, kBusy = 2, kHeld = 3 };
+
+  explicit constexpr LeafCode(uint32_t weight_bits_in)
+      : weight_bits(weight_bits_in),
+        weight_mask((1ull << weight_bits_in) - 1),
+        lap_mask(~0ull >> (weight_bits_in + 2)) {}
+
+  constexpr uint64_t weight(uint64_t leaf) const { return leaf & weight_mask; }
+  constexpr uint64_t lap(uint64_t leaf) const { return leaf >> (weight_bits + 2); }
+  constexpr State state(uint64_t leaf) const { return static_cast<State>(leaf >> weight_bits & 3); }
+  constexpr bool is_row(uint64_t leaf) const { return state(leaf) <= kComputed; }
+  constexpr uint64_t make(uint64_t lap_in, State state_in, uint64_t weight_in) const {
+    return (lap_in & lap_mask) << (weight_bits + 2) | state_in << weight_bits | weight_in;
+  }
+  constexpr bool has_lap(uint64_t leaf, uint64_t lap_in) const { return lap(leaf) == (lap_in & lap_mask); }
+
+  uint32_t weight_bits;
+  uint64_t weight_mask, lap_mask;
 };
 
 constexpr uint32_t kStreams = 1u << 16;

@@ -10,12 +10,12 @@ namespace angle {
 
 struct PhiloxBlock {
   uint32_t word[4];
-  uint64_t low() const { return word[0] | static_cast<uint64_t>(word[1]) << 32; }
-  uint64_t high() const { return word[2] | static_cast<uint64_t>(word[3]) << 32; }
+  constexpr uint64_t low() const { return word[0] | static_cast<uint64_t>(word[1]) << 32; }
+  constexpr uint64_t high() const { return word[2] | static_cast<uint64_t>(word[3]) << 32; }
 };
 
 // 128 random bits for (key, counter, stream). `stream` separates purposes that share a key. O(1). Any thread.
-inline PhiloxBlock philox(uint64_t key, uint64_t counter, uint64_t stream) {
+constexpr PhiloxBlock philox(uint64_t key, uint64_t counter, uint64_t stream) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32);
   uint32_t c2 = static_cast<uint32_t>(stream), c3 = static_cast<uint32_t>(stream >> 32);
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);

@@ -10,30 +10,6 @@
 
 namespace angle {
 
-// A leaf word: lap | state | weight. The lap is the row's generation (0: never written) and its sequence lock. States:
-// a row whose weight is the default or was computed by update_priorities; busy: the row is being written and weighs
-// nothing; held: the record keeps an observation alone, is whole, and weighs nothing.
-struct LeafCode {
-  enum State : uint64_t { kDefault = 0, kComputed = 1, kBusy = 2, kHeld = 3 };
-
-  explicit LeafCode(uint32_t weight_bits_in)
-      : weight_bits(weight_bits_in),
-        weight_mask((1ull << weight_bits_in) - 1),
-        lap_mask(~0ull >> (weight_bits_in + 2)) {}
-
-  uint64_t weight(uint64_t leaf) const { return leaf & weight_mask; }
-  uint64_t lap(uint64_t leaf) const { return leaf >> (weight_bits + 2); }
-  State state(uint64_t leaf) const { return static_cast<State>(leaf >> weight_bits & 3); }
-  bool is_row(uint64_t leaf) const { return state(leaf) <= kComputed; }
-  uint64_t make(uint64_t lap_in, State state_in, uint64_t weight_in) const {
-    return (lap_in & lap_mask) << (weight_bits + 2) | state_in << weight_bits | weight_in;
-  }
-  bool has_lap(uint64_t leaf, uint64_t lap_in) const { return lap(leaf) == (lap_in & lap_mask); }
-
-  uint32_t weight_bits;
-  uint64_t weight_mask, lap_mask;
-};
-
 template <class Access>
 class PriorityTree {
  public:

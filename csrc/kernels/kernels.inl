@@ -18,6 +18,7 @@ namespace {
 // clang-format off: each uses what stands above it.
 #include "kernels/ops.inl"
 #include "kernels/random.inl"
+#include "kernels/weights.inl"
 #include "kernels/replay.inl"
 #include "kernels/vector.inl"
 #include "kernels/products.inl"

@@ -284,51 +284,8 @@ void gather(const uint8_t* records, size_t record_bytes, const uint64_t* slots, 
   }
 }
 
-inline double as_double(uint64_t bits) {
-  double value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint64_t as_bits(double value) {
-  uint64_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-// log2 by the series of atanh on [sqrt(1/2), sqrt(2)), then exp2 by Taylor's on [-1/2, 1/2]: only additions,
-// multiplications, one division and shifts of bits, in a fixed order (by halves: short chains), so that every ISA and
-// device agrees.
 void powers(double* values, size_t n, double exponent) {
-  constexpr uint64_t kRootHalf = 0x3FE6A09E667F3BCDull, kBias = 1023ull << 52, kMagicBits = 0x4330000000000000ull;
-  constexpr double kMagic = 0x1p52, kRound = 0x1.8p52, kSmallest = 0x1p-1022, kLog2E = 0x1.71547652b82fep+0,
-                   kLn2 = 0x1.62e42fefa39efp-1;
-  for (size_t i = 0; i < n; ++i) {
-    const double x = values[i] < kSmallest ? kSmallest : values[i];
-    const uint64_t bits = as_bits(x), biased = (bits - kRootHalf + kBias) >> 52;
-    const double whole = as_double(biased | kMagicBits) - kMagic - 1023.0;
-    const double mantissa = as_double(bits - (biased << 52) + kBias);
-    const double s = (mantissa - 1.0) / (mantissa + 1.0), q = s * s;
-    const double q2 = q * q, q4 = q2 * q2;
-    const double low = (1.0 + q * (1.0 / 3.0)) + (1.0 / 5.0 + q * (1.0 / 7.0)) * q2;
-    const double middle = (1.0 / 9.0 + q * (1.0 / 11.0)) + (1.0 / 13.0 + q * (1.0 / 15.0)) * q2;
-    const double high = (1.0 / 17.0 + q * (1.0 / 19.0)) + (1.0 / 21.0) * q2;
-    const double series = low + middle * q4 + high * (q4 * q4);
-    double y = (whole + 2.0 * s * series * kLog2E) * exponent;
-    y = y < -1022.0 ? -1022.0 : y;
-    y = y > 1023.0 ? 1023.0 : y;
-    const double rounded = y + kRound;
-    const double f = (y - (rounded - kRound)) * kLn2;
-    const double f2 = f * f, f4 = f2 * f2;
-    const double p0 = (1.0 + f) + (0.5 + f * (1.0 / 6.0)) * f2;
-    const double p4 = (1.0 / 24.0 + f * (1.0 / 120.0)) + (1.0 / 720.0 + f * (1.0 / 5040.0)) * f2;
-    const double p8 = (1.0 / 40320.0 + f * (1.0 / 362880.0)) + (1.0 / 3628800.0 + f * (1.0 / 39916800.0)) * f2;
-    const double p12 = 1.0 / 479001600.0 + f * (1.0 / 6227020800.0);
-    const double p = (p0 + p4 * f4) + (p8 + p12 * f4) * (f4 * f4);
-    const double power = p * as_double((as_bits(rounded) + 1023ull) << 52);
-    const double at_zero = exponent == 0.0 ? 1.0 : 0.0;
-    values[i] = values[i] > 0.0 ? power : at_zero;
-  }
+  for (size_t i = 0; i < n; ++i) values[i] = power_of(values[i], exponent);
 }
 
 template <class Real>
@@ -350,7 +307,6 @@ bool are_below(const int64_t* values, size_t n, uint64_t limit) {
 uint64_t weigh(const float* priorities, size_t n, double epsilon, double exponent, uint64_t largest,
                uint64_t* weights) {
   constexpr size_t kPiece = 64;
-  const double limit = static_cast<double>(largest);
   uint64_t cut = 0;
   for (size_t start = 0; start < n; start += kPiece) {
     double reals[kPiece];
@@ -358,11 +314,8 @@ uint64_t weigh(const float* priorities, size_t n, double epsilon, double exponen
     for (size_t i = 0; i < count; ++i) reals[i] = static_cast<double>(priorities[start + i]) + epsilon;
     powers(reals, count, exponent);
     for (size_t i = 0; i < count; ++i) {
-      const double scaled = reals[i] * kWeightUnit;
-      const bool over = !(scaled < limit);
-      const int64_t rounded = static_cast<int64_t>((over ? 0.0 : scaled) + 0.5);
-      const int64_t least = reals[i] > 0.0 ? 1 : 0;
-      weights[start + i] = over ? largest : static_cast<uint64_t>(rounded > least ? rounded : least);
+      bool over;
+      weights[start + i] = weight_of(reals[i], largest, &over);
       cut += over;
     }
   }

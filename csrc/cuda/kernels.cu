@@ -1,0 +1,2 @@
+// All kernels for CUDA devices.
+#include "cuda/launch.inl"

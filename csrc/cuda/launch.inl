@@ -1,0 +1,41 @@
+// The launchers, the same for a device and for the host. Included by kernels.cu and kernels_host.cpp.
+#pragma once
+#include "cuda/portable.h"
+#include "cuda/replay.inl"
+
+namespace angle::device {
+
+inline uint64_t blocks_for(uint64_t work, uint64_t a_block) { return (work + a_block - 1) / a_block; }
+
+extern "C" {
+
+int angle_replay_insert(const InsertParams* p, void* stream) {
+  if (const int code = launch<PrepareInsert>(*p, 1, stream); code != 0) return code;
+  const uint64_t rows = uint64_t{p->rows_per_warp} * (InsertRowsKernel::kThreads / kLanes);
+  return launch<InsertRowsKernel>(*p, blocks_for(p->n, rows), stream);
+}
+
+int angle_replay_sample(const SampleParams* p, void* stream) {
+  const uint64_t draws = uint64_t{p->draws_per_warp} * (SampleRows::kThreads / kLanes);
+  const int code = launch<SampleRows>(*p, blocks_for(p->n, draws), stream);
+  if (code != 0 || p->n <= SampleRows::kAtOnce) return code;
+  return launch<WeighSample>(*p, blocks_for(p->n, WeighSample::kThreads), stream);
+}
+
+int angle_replay_update(const UpdateParams* p, void* stream) {
+  if (p->n <= kFewHandles) return launch<UpdateFew>(*p, 1, stream);
+  if (const int code = launch<ClaimMany>(*p, blocks_for(p->n, ClaimMany::kThreads), stream); code != 0) return code;
+  return launch<UpdateMany>(*p, blocks_for(p->n, UpdateMany::kRows), stream);
+}
+
+int angle_replay_remove(const RemoveParams* p, void* stream) { return launch<RemoveRows>(*p, 1, stream); }
+
+int angle_replay_reweigh(const ReweighParams* p, void* stream) {
+  return launch<ReweighRows>(*p, blocks_for(p->view.capacity, ReweighRows::kRows), stream);
+}
+
+const char* angle_device_error(int code) { return error_text(code); }
+
+}  // extern "C"
+
+}  // namespace angle::device
