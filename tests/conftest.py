@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from angle_rl import device
+from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
+from angle_rl.replay import device as replay_device
+from angle_rl.replay.device import DeviceCore
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -32,3 +38,59 @@ def run_python():
         return done.stdout
 
     return run
+
+
+@pytest.fixture(
+    scope="module",
+    params=["cpu", "host kernels", pytest.param("cuda", marks=pytest.mark.cuda)],
+)
+def replay_place(request):
+    """Where replays of a module's tests are unless they say otherwise: in host memory; under the device's kernels as
+    compiled for the host; on a device, if there is one. What kernels refuse is raised at once, and not by a later call.
+    """
+    place = request.param
+    if place == "cpu":
+        yield place
+        return
+    if place == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+    def look_at_once(core):
+        launched(core)
+        if core.device.type == "cuda":
+            torch.cuda.synchronize(core.device)
+        core.check()
+
+    def skip_where_refused(options, where):
+        try:
+            return own_options(options, where)
+        except ValueError as refusal:
+            pytest.skip(f"only in host memory: {refusal}")
+
+    def skip_without_replacement(buffer, arguments, replacement, *others):
+        if not replacement:
+            pytest.skip("only in host memory: draws without replacement")
+        return own_sample(buffer, arguments, replacement, *others)
+
+    def of_a_copy(name):
+        return lambda core, *arguments: getattr(core.pull(), name)(*arguments)
+
+    launched, own_options, own_sample = DeviceCore.launched, ReplayBuffer._resident_options, replay_device.sample
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        for kind in (ReplayBuffer, PrioritizedReplayBuffer):
+            patch.setitem(kind.__init__.__kwdefaults__, "device", "cuda")
+        patch.setattr(DeviceCore, "launched", look_at_once)
+        patch.setattr(ReplayBuffer, "_resident_options", staticmethod(skip_where_refused))
+        patch.setattr(replay_device, "sample", skip_without_replacement)
+        for name in ("weights", "rows", "sums_are_exact", "default_weight", "inserts_are_done"):
+            patch.setattr(DeviceCore, name, of_a_copy(name), raising=False)
+        if place == "host kernels":
+            stack.enter_context(device.emulated())
+        yield place
+
+
+@pytest.fixture
+def on_cpu(replay_place):
+    """For tests of what only replays in host memory have."""
+    if replay_place != "cpu":
+        pytest.skip("only replays in host memory have this")

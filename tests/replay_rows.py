@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
-from angle_rl.replay import PrioritizedReplayBuffer
+from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
 from angle_rl.types import Batch
 
 SCHEMA = {"observations": ((3,), np.float32), "actions": ((2,), np.float32)}
@@ -27,6 +28,17 @@ def values_of(batch: Batch) -> np.ndarray:
     torch.testing.assert_close(batch.next_observations, batch.observations + 1, rtol=0, atol=0)
     torch.testing.assert_close(batch.actions, torch.stack([-v, v * 2], 1), rtol=0, atol=0)
     return v.numpy()
+
+
+def each_row(buffer: ReplayBuffer, n: int | None = None, **asked) -> Batch:
+    """Every one of the buffer's n drawable rows once (default: as many as it holds), in no particular order."""
+    n = len(buffer) if n is None else n
+    if not buffer.resident:
+        return buffer.sample(n, replacement=False, **asked)
+    batch = buffer.sample(max(4 * n, 200), **asked)
+    first = torch.from_numpy(np.unique(batch.handles.cpu().numpy(), return_index=True)[1])
+    assert len(first) == n
+    return tree_map(lambda tensor: tensor.cpu()[first], batch)
 
 
 def filled(n=100, capacity=128, **options) -> PrioritizedReplayBuffer:

@@ -18,6 +18,8 @@ from scipy.stats import chi2
 from angle_rl import _core
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
 
+pytestmark = pytest.mark.usefixtures("replay_place")
+
 # ---- contents ----
 
 
@@ -449,6 +451,7 @@ def test_a_state_that_does_not_fit_is_refused():
     assert len(target) == 0
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_threads_insert_sample_and_update_together():
     buffer = PrioritizedReplayBuffer(500, SCHEMA)
     buffer.insert(*rows(np.arange(100)))

@@ -10,10 +10,12 @@ import pytest
 import torch
 from reference.replay import UNIT, fixed_weight, importance_weights
 from reference.successive import set_probabilities
-from replay_rows import SCHEMA, filled, rows, values_of
+from replay_rows import SCHEMA, each_row, filled, rows, values_of
 from scipy.stats import chi2
 
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
+
+pytestmark = pytest.mark.usefixtures("replay_place")
 
 EPSILON = 1e-6
 EXACT = {"priority_exponent": 1.0, "priority_epsilon": 0.0}
@@ -76,6 +78,7 @@ def test_default_weights_follow_the_exponent():
     assert abs(int(weights[1]) - UNIT) <= 1
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_the_exponent_is_annealed_while_rows_come_and_change():
     capacity = 200
     buffer = PrioritizedReplayBuffer(capacity, SCHEMA, default_priority=1.0)
@@ -252,7 +255,7 @@ def test_removed_rows_are_never_drawn_again(kind):
     assert buffer.stats()["removed"] == 82
     left = set(range(2, 10)) | set(range(90, 100))
     assert set(values_of(buffer.sample(2000))) == left
-    assert set(values_of(buffer.sample(18, replacement=False))) == left
+    assert set(values_of(each_row(buffer, 18))) == left
     if kind is PrioritizedReplayBuffer:
         before = buffer._core.weights()
         assert buffer.update_priorities([5, 50], [9.0, 9.0]) == 1
@@ -276,7 +279,7 @@ def test_windows_pass_through_removed_rows():
     values = np.arange(10)
     buffer.insert(*rows(values))
     buffer.remove([4, 5, 6, 7, 8, 9])
-    batch = buffer.sample(4, replacement=False)
+    batch = each_row(buffer, 4)
     order = batch.handles.argsort()
     assert batch.handles[order].tolist() == [0, 1, 2, 3]
     assert batch.rewards[order].tolist() == [3, 6, 9, 12]
@@ -403,6 +406,7 @@ def test_one_row_of_nearly_all_weight_is_drawn_once():
     assert buffer.audit() == []
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_batches_without_replacement_while_rows_come():
     buffer = PrioritizedReplayBuffer(300, SCHEMA, replacement=False)
     buffer.insert(*rows(np.arange(300)))

@@ -10,6 +10,8 @@ from replay_rows import SCHEMA, filled, rows
 
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
 
+pytestmark = pytest.mark.usefixtures("replay_place")
+
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -0.5])
 def test_bad_priorities_name_the_first_index_and_change_nothing(bad):

@@ -14,6 +14,8 @@ from replay_rows import SCHEMA, filled, rows
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
 from angle_rl.types import RandomKey
 
+pytestmark = pytest.mark.usefixtures("replay_place")
+
 
 def test_each_counter_counts_its_own():
     buffer = PrioritizedReplayBuffer(8, SCHEMA, priority_epsilon=0.0, priority_exponent=1.0)
@@ -102,6 +104,7 @@ def test_the_mean_age_of_sampled_rows_is_exact(kind):
     assert one.stats()["mean_sampled_age"] == 1.0
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_batches_that_nobody_took_do_not_count():
     buffer, twin = filled(8, 8), filled(8, 8)
     with buffer.prefetch(4, depth=5) as batches:
@@ -122,6 +125,7 @@ def damaged_sum(buffer: PrioritizedReplayBuffer) -> np.ndarray:
     return words[places[0] : places[0] + 1]
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_audit_names_what_is_off_and_repair_mends_it():
     buffer = filled(64, 64, priority_exponent=1.0)
     buffer.update_priorities(np.arange(64), np.random.default_rng(0).exponential(size=64))

@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.n_step import History, Row
-from replay_rows import SCHEMA, rows
+from replay_rows import SCHEMA, each_row, rows
 
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
+
+pytestmark = pytest.mark.usefixtures("replay_place")
 
 KINDS = [ReplayBuffer, PrioritizedReplayBuffer]
 
@@ -78,7 +80,8 @@ def check(batch, history: History, n_step: int, discount: float, exact: float) -
     asked=st.lists(st.tuples(st.integers(1, 8), st.sampled_from([0.0, 0.5, 0.97, 1.0])), min_size=1, max_size=3),
     seed=st.integers(0, 99),
 )
-def test_any_sequence_agrees_with_the_definition(kind, capacity, reward, share, calls, asked, seed):
+def test_any_sequence_agrees_with_the_definition(replay_place, kind, capacity, reward, share, calls, asked, seed):
+    share = share and replay_place == "cpu"  # elsewhere every row keeps its own successor
     buffer = kind(capacity, nested_schema(reward), share_successors=share, seed=seed)
     history, streams, given_asks = History(breaks_show=share), Streams(3, seed), itertools.cycle(asked)
     for call in calls:
@@ -101,7 +104,7 @@ def test_any_sequence_agrees_with_the_definition(kind, capacity, reward, share, 
         n_step, discount = next(given_asks)
         if share and len(buffer) == 0:  # a tiny ring may hold nothing but observations
             continue
-        everything = buffer.sample(len(buffer), n_step=n_step, discount=discount, replacement=False)
+        everything = each_row(buffer, n_step=n_step, discount=discount)
         check(everything, history, n_step, discount, 1e-6 if reward == "f4" else 1e-12)
         if not share:
             assert sorted(everything.handles.tolist()) == sorted(history.rows)[-capacity:]
@@ -121,7 +124,7 @@ def chain(n: int, ends=(), streams=None, **options) -> ReplayBuffer:
 
 def test_windows_sum_up_to_the_end_and_the_newest_row():
     buffer = chain(8, ends=[4], n_step=3, discount=1.0)
-    batch = buffer.sample(8, replacement=False)
+    batch = each_row(buffer)
     order = batch.handles.argsort()
     assert batch.steps[order].tolist() == [3, 3, 3, 2, 1, 3, 2, 1]
     assert batch.rewards[order].tolist() == [7, 14, 28, 24, 16, 224, 192, 128]
@@ -136,7 +139,7 @@ def test_n_step_and_discount_of_the_buffer_hold_unless_a_call_says_otherwise():
     assert buffer.sample(32, n_step=4).steps.max() == 4
     assert set(buffer.sample(32, n_step=1, discount=0.25).discounts.tolist()) == {0.25}
     buffer.n_step, buffer.discount = 3, 1.0
-    batch = buffer.sample(6, replacement=False)
+    batch = each_row(buffer)
     assert batch.steps.max() == 3
     assert (batch.discounts == 1).all()
     assert (buffer.sample(32, n_step=2**20).rewards <= 63).all()
@@ -147,7 +150,7 @@ def test_a_window_goes_round_the_ring():
     for start in range(23):
         observations, actions, _, _, ended = rows([start])
         buffer.insert(observations, actions, [2.0**start], rows([start + 1])[0], ended)
-    batch = buffer.sample(5, replacement=False)
+    batch = each_row(buffer)
     for handle, reward, steps in zip(batch.handles.tolist(), batch.rewards.tolist(), batch.steps.tolist(), strict=True):
         assert steps == 23 - handle
         assert reward == 2.0**23 - 2.0**handle
@@ -156,7 +159,7 @@ def test_a_window_goes_round_the_ring():
 def test_streams_do_not_mix():
     streams = np.arange(12) % 3
     buffer = chain(12, streams=streams, n_step=3, discount=1.0)
-    batch = buffer.sample(12, replacement=False)
+    batch = each_row(buffer)
     for handle, reward in zip(batch.handles.tolist(), batch.rewards.tolist(), strict=True):
         members = range(handle, min(handle + 9, 12), 3)
         assert reward == sum(2.0**member for member in members)
@@ -168,7 +171,7 @@ def test_summing_is_done_in_double():
     values = np.full(4000, np.float32(0.1))
     values[0] = 2**20
     buffer.insert(observations, actions, values, successors, ended)
-    batch = buffer.sample(4000, replacement=False)
+    batch = each_row(buffer, 4000)
     expected = np.float32(2**20 + 3999 * float(np.float32(0.1)))
     assert float(batch.rewards[batch.steps == 4000]) == expected
 
@@ -184,6 +187,7 @@ def test_out_takes_windows_too():
     assert (out.steps == 1).all()
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [False, True])
 def test_windows_are_whole_while_two_threads_insert(kind, share):

@@ -1,8 +1,8 @@
 // The extension modules _cuda and _cuda_host: the same bindings over the same kernels, compiled for devices and for the
 // host. Addresses come as integers; where they lie is the caller's business.
-#include <pybind11/pybind11.h>
-
 #include "bindings/device.h"
+
+#include <pybind11/pybind11.h>
 
 namespace py = pybind11;
 

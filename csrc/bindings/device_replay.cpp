@@ -82,9 +82,9 @@ class DeviceReplay {
     check_launch(angle_replay_insert(&p, at<void>(stream)), "replay_insert");
   }
 
-  // addresses: one a field, then discounts, importance weights, handles and steps; drawn: [n] 64-bit words to work with.
-  // how: SampleParams::Flags. live: two float64, discount and importance exponent, to be read instead of the arguments
-  // when the kernel runs; 0: none.
+  // addresses: one a field, then discounts, importance weights, handles and steps; drawn: [n] 64-bit words to work
+  // with. how: SampleParams::Flags. live: two float64, discount and importance exponent, to be read instead of the
+  // arguments when the kernel runs; 0: none.
   void sample(const std::vector<uintptr_t>& addresses, uintptr_t drawn, uint64_t n, uint32_t n_step, double discount,
               double importance_exponent, uint32_t how, uint64_t key, uintptr_t live, uintptr_t stream) const {
     require_columns(addresses.size(), fields_.size() + 4);
@@ -146,7 +146,7 @@ class DeviceReplay {
  private:
   // Rows that a warp sees to: one while that fills no more than a large device, up to its 32 lanes beyond.
   static uint32_t few_a_warp(uint64_t n) {
-    constexpr uint64_t kWarps = 2048;
+    constexpr uint64_t kWarps = 8192;
     return static_cast<uint32_t>(std::clamp<uint64_t>((n + kWarps - 1) / kWarps, 1, 32));
   }
 

@@ -336,6 +336,7 @@ class PyReplay {
     out["capacity"] = at.capacity;
     out["record_bytes"] = at.record_bytes;
     out["header_bytes"] = sizeof(SegmentHeader);
+    out["exponent_at"] = offsetof(SegmentHeader, exponent);
     out["streams_at"] = at.streams_at;
     out["leaves_at"] = at.leaves_at;
     out["records_at"] = at.records_at;
@@ -350,10 +351,15 @@ class PyReplay {
     return out;
   }
 
-  // The default priority that follows from each bucket of weights, were it the highest that holds a row.
-  std::vector<float> bucket_priorities() const {
+  // The default priority that would follow from each bucket of weights as the highest that holds a row, under an
+  // exponent.
+  std::vector<float> bucket_priorities(double exponent) const {
+    const auto& header = *reinterpret_cast<const SegmentHeader*>(replay_->segment());
+    const PriorityMap map{exponent, header.priority_epsilon, LeafCode(replay_->layout().tree.weight_bits).weight_mask};
     std::vector<float> out(kBuckets);
-    for (size_t bucket = 0; bucket < kBuckets; ++bucket) out[bucket] = replay_->bucket_priority(bucket);
+    for (size_t bucket = 0; bucket < kBuckets; ++bucket) {
+      out[bucket] = map.priority(std::min(WeightBuckets::upper_edge(bucket), map.largest));
+    }
     return out;
   }
 
@@ -508,7 +514,7 @@ void bind_replay(py::module_& m) {
           "parts", [](const py::object& self, std::optional<uint64_t> slots) { return PyReplay::parts(self, slots); },
           py::arg("slots") = py::none())
       .def("layout", &PyReplay::layout)
-      .def("bucket_priorities", &PyReplay::bucket_priorities)
+      .def("bucket_priorities", &PyReplay::bucket_priorities, py::arg("exponent"))
       .def("memory", [](const py::object& self) { return PyReplay::memory(self); })
       .def("adopt", &PyReplay::adopt, py::arg("header"), py::arg("slots"))
       .def("restore", &PyReplay::restore, py::arg("header"), py::arg("index"), py::arg("records"))

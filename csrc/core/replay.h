@@ -180,8 +180,6 @@ class ReplayT {
     uint64_t weight;
   };
   Default default_weight() const;
-  // The priority of new rows under kLiveMaximum while this bucket of weights is the highest that holds a row.
-  float bucket_priority(size_t bucket) const;
 
   // The whole segment, for saving and restoring at rest.
   uint8_t* segment() const { return memory_.data(); }

@@ -32,11 +32,6 @@ void ReplayT<Access>::raise_historic(float priority) {
 }
 
 template <class Access>
-float ReplayT<Access>::bucket_priority(size_t bucket) const {
-  return priority_map().priority(std::min(WeightBuckets::upper_edge(bucket), tree_.code.weight_mask));
-}
-
-template <class Access>
 typename ReplayT<Access>::Default ReplayT<Access>::default_weight() const {
   SegmentHeader& h = header();
   if (h.prioritized == 0) return {1.0f, 1};
@@ -61,7 +56,7 @@ typename ReplayT<Access>::Default ReplayT<Access>::default_weight() const {
   }
   float priority = static_cast<float>(h.default_priority);
   if (kind == DefaultPriority::kLiveMaximum) {
-    priority = source == ~0ull ? 1.0f : bucket_priority(source);
+    priority = source == ~0ull ? 1.0f : map.priority(std::min(WeightBuckets::upper_edge(source), map.largest));
   } else if (kind == DefaultPriority::kHistoricMaximum) {
     priority = source == 0 ? 1.0f : std::bit_cast<float>(static_cast<uint32_t>(source));
   }

@@ -1,5 +1,5 @@
-// What lets one source be a kernel for a device (nvcc) and a loop on the host (any C++20 compiler): the second is how the
-// kernels are tested where there is no device.
+// What lets one source be a kernel for a device (nvcc) and a loop on the host (any C++20 compiler): the second is how
+// the kernels are tested where there is no device.
 //
 // A kernel is a struct: Params, by value; Shared, the memory of one block; kThreads; and
 //   static void run(Block<Shared>& block, const Params& p).
@@ -15,9 +15,11 @@
 #if defined(__CUDACC__)
 #define ANGLE_DEVICE __device__ __forceinline__
 #define ANGLE_KERNEL_FUNCTION __device__ __forceinline__
+#define ANGLE_UNROLL _Pragma("unroll")
 #include <cuda_runtime.h>
 #else
 #define ANGLE_DEVICE inline
+#define ANGLE_UNROLL
 #endif
 
 namespace angle::device {

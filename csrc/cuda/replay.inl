@@ -1,6 +1,6 @@
-// The replay's kernels: the same integers, draws and rows as core/ has them, by calls that never run side by side. So no
-// word is read while somebody changes it but by the adds below, which commute: sums and counts come out the same whatever
-// the order of threads.
+// The replay's kernels: the same integers, draws and rows as core/ has them, by calls that never run side by side. So
+// no word is read while somebody changes it but by the adds below, which commute: sums and counts come out the same
+// whatever the order of threads.
 #pragma once
 #include "core/counts.h"
 #include "core/layout.h"
@@ -24,8 +24,12 @@ struct View {
 
   ANGLE_DEVICE SegmentHeader& header() const { return *reinterpret_cast<SegmentHeader*>(parts.segment); }
   ANGLE_DEVICE uint64_t* leaves() const { return reinterpret_cast<uint64_t*>(parts.segment + parts.leaves_at); }
-  ANGLE_DEVICE int64_t* sums(uint32_t level) const { return reinterpret_cast<int64_t*>(parts.segment + parts.sums_at[level]); }
-  ANGLE_DEVICE uint8_t* record(uint64_t slot) const { return parts.segment + parts.records_at + slot * parts.record_bytes; }
+  ANGLE_DEVICE int64_t* sums(uint32_t level) const {
+    return reinterpret_cast<int64_t*>(parts.segment + parts.sums_at[level]);
+  }
+  ANGLE_DEVICE uint8_t* record(uint64_t slot) const {
+    return parts.segment + parts.records_at + slot * parts.record_bytes;
+  }
   ANGLE_DEVICE uint64_t* word(uint64_t slot, uint32_t offset) const {
     return reinterpret_cast<uint64_t*>(record(slot) + offset);
   }
@@ -83,7 +87,8 @@ ANGLE_DEVICE void tell(ReplayFlags* flags, ReplayFlags::Code code, int64_t index
 
 // ---- weights that change ----
 
-// Rows by weight that a block has gained or lost, as WeightCounts counts them: default weights first, then computed ones.
+// Rows by weight that a block has gained or lost, as WeightCounts counts them: default weights first, then computed
+// ones.
 struct CountChanges {
   int32_t by[2 * kBuckets];
 
@@ -129,28 +134,60 @@ ANGLE_DEVICE void change_weight(const View& view, CountChanges& counts, uint64_t
   }
 }
 
-// ---- insert ----
+// ---- rows between records and columns ----
 
-// Copies `bytes` from one place to another by all lanes, in words where both places allow it.
-template <class Word>
-ANGLE_DEVICE void copy_words(const Warp& warp, uint8_t* to, const uint8_t* from, uint32_t bytes) {
+constexpr uint64_t kNowhere = ~0ull;
+
+// `rows` rows of one field between a column, where they lie side by side, and the records of these slots, by all lanes
+// of a warp. A lane has many loads under way before its first store: what they wait for is memory. From a record that
+// is nowhere come zeros.
+template <class Word, bool kIntoRecords>
+ANGLE_DEVICE void move_words(const Warp& warp, const View& view, uint8_t* column, const uint64_t* slots, uint32_t rows,
+                             uint32_t offset, uint32_t bytes) {
+  constexpr uint32_t kAhead = 8;
+  const uint32_t width = bytes / static_cast<uint32_t>(sizeof(Word)), total = rows * width;
+  Word* const words = reinterpret_cast<Word*>(column);
+  const auto in_record = [&](uint32_t at) {
+    const uint32_t row = at / width;
+    return reinterpret_cast<Word*>(view.record(slots[row]) + offset) + (at - row * width);
+  };
   warp.each([&](int lane) {
-    for (uint32_t at = static_cast<uint32_t>(lane); at < bytes / sizeof(Word); at += kLanes) {
-      reinterpret_cast<Word*>(to)[at] = reinterpret_cast<const Word*>(from)[at];
+    for (uint32_t first = static_cast<uint32_t>(lane); first < total; first += kLanes * kAhead) {
+      Word kept[kAhead];
+      ANGLE_UNROLL
+      for (uint32_t ahead = 0; ahead < kAhead; ++ahead) {
+        const uint32_t at = first + ahead * kLanes;
+        if (at >= total) continue;
+        if (kIntoRecords) {
+          kept[ahead] = words[at];
+        } else {
+          kept[ahead] = slots[at / width] == kNowhere ? Word{0} : *in_record(at);
+        }
+      }
+      ANGLE_UNROLL
+      for (uint32_t ahead = 0; ahead < kAhead; ++ahead) {
+        const uint32_t at = first + ahead * kLanes;
+        if (at >= total) continue;
+        *(kIntoRecords ? in_record(at) : words + at) = kept[ahead];
+      }
     }
   });
 }
 
-ANGLE_DEVICE void copy_bytes(const Warp& warp, uint8_t* to, const uint8_t* from, uint32_t bytes) {
-  const uint64_t both = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes;
-  if (both % 8 == 0) {
-    copy_words<uint64_t>(warp, to, from, bytes);
-  } else if (both % 4 == 0) {
-    copy_words<uint32_t>(warp, to, from, bytes);
+template <bool kIntoRecords>
+ANGLE_DEVICE void move_field(const Warp& warp, const View& view, uint8_t* column, const uint64_t* slots, uint32_t rows,
+                             uint32_t offset, uint32_t bytes) {
+  const uint64_t all = reinterpret_cast<uintptr_t>(column) | offset | bytes;  // records lie on cache lines
+  if (all % 8 == 0) {
+    move_words<uint64_t, kIntoRecords>(warp, view, column, slots, rows, offset, bytes);
+  } else if (all % 4 == 0) {
+    move_words<uint32_t, kIntoRecords>(warp, view, column, slots, rows, offset, bytes);
   } else {
-    copy_words<uint8_t>(warp, to, from, bytes);
+    move_words<uint8_t, kIntoRecords>(warp, view, column, slots, rows, offset, bytes);
   }
 }
+
+// ---- insert ----
 
 // What new rows weigh, and whether any row has to be refused. One block, before the rows.
 struct PrepareInsert {
@@ -193,7 +230,8 @@ struct PrepareInsert {
         tell(p.flags, ReplayFlags::kBadStream, static_cast<int64_t>(i), p.streams[i], 0.0);
       } else if (shared.bad_priority != 0) {
         const uint64_t i = p.n - shared.bad_priority;
-        tell(p.flags, ReplayFlags::kBadInsertPriority, static_cast<int64_t>(i), 0, static_cast<double>(p.priorities[i]));
+        tell(p.flags, ReplayFlags::kBadInsertPriority, static_cast<int64_t>(i), 0,
+             static_cast<double>(p.priorities[i]));
       } else if (shared.bad_reward != 0) {
         const uint64_t i = p.n - shared.bad_reward;
         tell(p.flags, ReplayFlags::kBadReward, static_cast<int64_t>(i), 0, real_at(p.rewards, i, p.reward));
@@ -224,13 +262,15 @@ struct PrepareInsert {
   }
 };
 
-// The rows: each lane sees to one row's header, leaf and links, then the warp copies the fields of row after row.
+// The rows: each lane sees to one row's header, leaf and links, then the warp moves the fields of all of them.
 struct InsertRowsKernel {
   using Params = InsertParams;
-  static constexpr uint32_t kThreads = 256;
+  static constexpr uint32_t kThreads = 256, kWarps = kThreads / kLanes;
   struct Shared {
     CountChanges counts;
     uint64_t largest, saturated, nan_rows;
+    uint64_t slots[kWarps][kLanes];
+    uint32_t nan[kWarps][kLanes];  // whether an observation of the warp's row holds a NaN
   };
 
   ANGLE_DEVICE static void run(Block<Shared>& block, const InsertParams& p) {
@@ -251,35 +291,33 @@ struct InsertRowsKernel {
       if (thread == 0) shared.largest = shared.saturated = shared.nan_rows = 0;
     });
     block.each_warp([&](const Warp& warp) {
-      const uint64_t warp_of = uint64_t{block.index} * (block.threads / kLanes) + warp.index;
-      const uint64_t base = warp_of * p.rows_per_warp;
-      Lanes<uint64_t> slots;
+      const uint64_t base = (uint64_t{block.index} * kWarps + warp.index) * p.rows_per_warp;
+      if (base >= p.n) return;
+      const uint32_t rows = static_cast<uint32_t>(p.n - base < p.rows_per_warp ? p.n - base : p.rows_per_warp);
+      uint64_t* const slots = shared.slots[warp.index];
+      uint32_t* const nan = shared.nan[warp.index];
       warp.each([&](int lane) {
-        const uint64_t i = base + static_cast<uint64_t>(lane);
-        if (static_cast<uint32_t>(lane) < p.rows_per_warp && i < p.n) slots[lane] = write_header(view, p, shared, i);
-      });
-      for (uint32_t row = 0; row < p.rows_per_warp && base + row < p.n; ++row) {
-        const uint64_t i = base + row;
-        uint8_t* const record = view.record(warp.broadcast(slots, static_cast<int>(row)));
-        Lanes<bool> nan;
-        for (uint32_t f = 0; f < p.field_count; ++f) {
-          const FieldIn& field = p.fields[f];
-          const uint8_t* const from = field.rows + i * field.bytes;
-          copy_bytes(warp, record + field.offset, from, field.bytes);
-          if (field.looked_at == FieldReal::kNone) continue;
-          warp.each([&](int lane) {
-            const uint32_t size = field.looked_at == FieldReal::kFloat ? 4 : 8;
-            for (uint32_t at = static_cast<uint32_t>(lane); at < field.bytes / size; at += kLanes) {
-              const double value = real_at(from, at, field.looked_at);
-              if (value != value) nan[lane] = true;
-            }
-          });
+        nan[lane] = 0;
+        if (static_cast<uint32_t>(lane) < rows) {
+          slots[lane] = write_header(view, p, shared, base + static_cast<uint64_t>(lane));
         }
-        const bool any = warp.ballot(nan) != 0;
+      });
+      for (uint32_t f = 0; f < p.field_count; ++f) {
+        const FieldIn& field = p.fields[f];
+        uint8_t* const column = const_cast<uint8_t*>(field.rows) + base * field.bytes;
+        move_field<true>(warp, view, column, slots, rows, field.offset, field.bytes);
+        if (field.looked_at == FieldReal::kNone) continue;
+        const uint32_t width = field.bytes / (field.looked_at == FieldReal::kFloat ? 4 : 8);
         warp.each([&](int lane) {
-          if (lane == 0 && any) add(&shared.nan_rows, uint64_t{1});
+          for (uint32_t at = static_cast<uint32_t>(lane); at < rows * width; at += kLanes) {
+            const double value = real_at(column, at, field.looked_at);
+            if (value != value) nan[at / width] = 1;
+          }
         });
       }
+      warp.each([&](int lane) {
+        if (nan[lane] != 0) add(&shared.nan_rows, uint64_t{1});
+      });
     });
     block.each_thread([&](uint32_t thread) {
       shared.counts.flush(h, thread, block.threads);
@@ -337,7 +375,6 @@ struct InsertRowsKernel {
 
 // ---- sample ----
 
-constexpr uint64_t kNowhere = ~0ull;
 constexpr uint64_t kAttempts = 64;  // as core/choose.inl has it, after which rows are counted
 
 // Bits of draw i's attempt; attempt 0 is the batch's own.
@@ -375,14 +412,16 @@ ANGLE_DEVICE uint32_t child_of(const Value* children, uint32_t fan, uint64_t mas
 
 struct SampleRows {
   using Params = SampleParams;
-  static constexpr uint32_t kThreads = 256;
-  static constexpr uint64_t kAtOnce = 4096;  // batches up to this are weighed by the last block, without a second launch
+  static constexpr uint32_t kThreads = 256, kWarps = kThreads / kLanes;
+  static constexpr uint64_t kAtOnce =
+      4096;  // batches up to this are weighed by the last block, without a second launch
   static constexpr uint32_t kGroups = TreeShape::kMaxTop >> TreeShape::kTopShift;
   struct Shared {
-    int64_t prefix[kGroups];   // running sums of the top's groups
-    int64_t parts[kThreads];   // sums of each thread's groups, then what is before them
+    int64_t prefix[kGroups];  // running sums of the top's groups
+    int64_t parts[kThreads];  // sums of each thread's groups, then what is before them
     uint64_t ages, lowest;
     uint32_t last;
+    uint64_t slots[kWarps][kLanes], ends[kWarps][kLanes];  // of each draw its row and its window's last
   };
   static_assert(kGroups % kThreads == 0);
 
@@ -403,19 +442,21 @@ struct SampleRows {
     const double discount = p.live == nullptr ? p.discount : p.live[0];
 
     block.each_warp([&](const Warp& warp) {
-      const uint64_t base =
-          (uint64_t{block.index} * (block.threads / kLanes) + warp.index) * uint64_t{p.draws_per_warp};
-      Lanes<uint64_t> slots, ends, weights, ages;
+      const uint64_t base = (uint64_t{block.index} * kWarps + warp.index) * p.draws_per_warp;
+      if (base >= p.n) return;
+      const uint32_t draws = static_cast<uint32_t>(p.n - base < p.draws_per_warp ? p.n - base : p.draws_per_warp);
+      uint64_t *const slots = shared.slots[warp.index], *const ends = shared.ends[warp.index];
+      Lanes<uint64_t> weights, ages;
       warp.each([&](int lane) {
-        const uint64_t i = base + static_cast<uint64_t>(lane);
-        slots[lane] = ends[lane] = kNowhere;
         weights[lane] = ~0ull;
         ages[lane] = 0;
-        if (static_cast<uint32_t>(lane) >= p.draws_per_warp || i >= p.n) return;
+        if (static_cast<uint32_t>(lane) >= draws) return;
+        const uint64_t i = base + static_cast<uint64_t>(lane);
         uint64_t leaf = 0;
         const uint64_t slot = choose(view, p, shared.prefix, groups, total, i, &leaf);
-        slots[lane] = slot;
+        slots[lane] = ends[lane] = slot;
         if (slot == kNowhere) {
+          tell(p.flags, ReplayFlags::kNothingToSample, 0, 0, 0.0);
           p.handles[i] = -1;
           p.discounts[i] = 0.0f;
           p.steps[i] = 0;
@@ -424,8 +465,8 @@ struct SampleRows {
         }
         weights[lane] = view.code.weight(leaf);
         p.drawn[i] = weights[lane];
-        const Place at{view.ticket_of(slot, RecordHead::lap(*view.word(slot, RecordLayout::kHead))), slot,
-                       RecordHead::lap(*view.word(slot, RecordLayout::kHead))};
+        const uint64_t lap = RecordHead::lap(*view.word(slot, RecordLayout::kHead));
+        const Place at{view.ticket_of(slot, lap), slot, lap};
         p.handles[i] = static_cast<int64_t>(at.ticket);
         ages[lane] = h.next_ticket - at.ticket;
         ends[lane] = walk_window(view, p, at, discount, i);
@@ -436,9 +477,10 @@ struct SampleRows {
         lower(&p.scratch->smallest, smallest);
         add(&shared.ages, age);
       });
-      for (uint32_t row = 0; row < p.draws_per_warp && base + row < p.n; ++row) {
-        copy_row(view, p, warp, base + row, warp.broadcast(slots, static_cast<int>(row)),
-                 warp.broadcast(ends, static_cast<int>(row)));
+      for (uint32_t f = 0; f < p.field_count; ++f) {
+        const FieldOut& field = p.fields[f];
+        move_field<false>(warp, view, field.rows + base * field.bytes, field.successor != 0 ? ends : slots, draws,
+                          field.offset, field.bytes);
       }
     });
 
@@ -466,7 +508,6 @@ struct SampleRows {
       p.scratch->least = shared.lowest < smallest ? shared.lowest : smallest;
       p.scratch->smallest = ~0ull;
       p.scratch->finished = 0;
-      if (total == 0) tell(p.flags, ReplayFlags::kNothingToSample, 0, 0, 0.0);
       if (total == 0 || (p.how & SampleParams::kKeyed) != 0) return;
       ++h.sample_calls;
       h.samples += p.n;
@@ -505,9 +546,8 @@ struct SampleRows {
         warp.each([&](int lane) { sums[lane] = shared.parts[first + static_cast<uint32_t>(lane)]; });
         const Lanes<int64_t> running = warp.scan(sums);
         const int64_t own = warp.broadcast(running, kLanes - 1);
-        warp.each([&](int lane) {
-          shared.parts[first + static_cast<uint32_t>(lane)] = before + running[lane] - sums[lane];
-        });
+        warp.each(
+            [&](int lane) { shared.parts[first + static_cast<uint32_t>(lane)] = before + running[lane] - sums[lane]; });
         before += own;
       }
     });
@@ -581,7 +621,8 @@ struct SampleRows {
     return node * fan + child;
   }
 
-  // Sums the rewards of up to n_step rows of the stream, writes what follows from that, and returns the slot of the last.
+  // Sums the rewards of up to n_step rows of the stream, writes what follows from that, and returns the slot of the
+  // last.
   ANGLE_DEVICE static uint64_t walk_window(const View& view, const SampleParams& p, Place at, double discount,
                                            uint64_t i) {
     uint64_t head = *view.word(at.slot, RecordLayout::kHead);
@@ -612,21 +653,6 @@ struct SampleRows {
 
   ANGLE_DEVICE static double reward_at(const View& view, const SampleParams& p, uint64_t slot) {
     return real_at(view.record(slot) + p.reward_offset, 0, p.reward);
-  }
-
-  ANGLE_DEVICE static void copy_row(const View& view, const SampleParams& p, const Warp& warp, uint64_t i,
-                                    uint64_t slot, uint64_t end) {
-    for (uint32_t f = 0; f < p.field_count; ++f) {
-      const FieldOut& field = p.fields[f];
-      uint8_t* const to = field.rows + i * field.bytes;
-      if (slot == kNowhere) {
-        warp.each([&](int lane) {
-          for (uint32_t at = static_cast<uint32_t>(lane); at < field.bytes; at += kLanes) to[at] = 0;
-        });
-      } else {
-        copy_bytes(warp, to, view.record(field.successor != 0 ? end : slot) + field.offset, field.bytes);
-      }
-    }
   }
 
   // (N P)^-b over the largest of the batch, or of the buffer: the smallest weight over each, to the power of b.

@@ -22,7 +22,7 @@ ANGLE_KERNEL_FUNCTION uint64_t as_bits(double value) {
 ANGLE_KERNEL_FUNCTION double power_of(double value, double exponent) {
   constexpr uint64_t kRootHalf = 0x3FE6A09E667F3BCDull, kBias = 1023ull << 52, kMagicBits = 0x4330000000000000ull;
   constexpr double kMagic = 0x1p52, kRound = 0x1.8p52, kSmallest = 0x1p-1022, kLog2E = 0x1.71547652b82fep+0,
-                 kLn2 = 0x1.62e42fefa39efp-1;
+                   kLn2 = 0x1.62e42fefa39efp-1;
   const double x = value < kSmallest ? kSmallest : value;
   const uint64_t bits = as_bits(x), biased = (bits - kRootHalf + kBias) >> 52;
   const double whole = as_double(biased | kMagicBits) - kMagic - 1023.0;

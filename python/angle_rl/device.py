@@ -19,7 +19,17 @@ from torch import Tensor
 
 from angle_rl import _cuda_host
 
-__all__ = ["backend", "current_stream", "emulated", "is_emulated", "launch", "memory_device", "normals", "uniforms"]
+__all__ = [
+    "backend",
+    "current_stream",
+    "emulated",
+    "free_memory",
+    "is_emulated",
+    "launch",
+    "memory_device",
+    "normals",
+    "uniforms",
+]
 
 _emulated = False
 
@@ -82,6 +92,18 @@ def memory_device(device: str | torch.device) -> torch.device:
         raise RuntimeError(f"device is {device}, but torch finds no CUDA device (torch.cuda.is_available() is False)")
     index = torch.device(device).index
     return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+
+
+def free_memory(device: str | torch.device) -> int | None:
+    """Bytes of the device's memory that are free, torch's own unused ones among them; None for the CPU.
+
+    Raises as ``memory_device`` does.
+    """
+    place = memory_device(device)
+    if place.type == "cpu":
+        return None
+    unused = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+    return torch.cuda.mem_get_info(place)[0] + unused
 
 
 def current_stream(device: str | torch.device) -> int:

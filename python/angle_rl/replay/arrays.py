@@ -63,9 +63,9 @@ def available_memory() -> int:
     return available
 
 
-def require_memory(rows: int, row_bytes: int) -> None:
-    """Raises MemoryError where ``rows`` of ``row_bytes`` are more than this process may still take."""
-    needed, available = rows * row_bytes, available_memory()
+def require_memory(rows: int, row_bytes: int, available: int | None = None) -> None:
+    """Raises MemoryError where ``rows`` of ``row_bytes`` are more than is available (None: to this process)."""
+    needed, available = rows * row_bytes, available_memory() if available is None else available
     if needed > available:
         raise MemoryError(
             f"capacity is {rows} rows, which need {needed / 2**30:.1f} GiB; {available / 2**30:.1f} GiB are available"

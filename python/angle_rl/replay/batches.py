@@ -8,6 +8,8 @@ import torch
 from angle_rl.schema import Schema, flatten, unflatten
 from angle_rl.types import Batch
 
+CPU = torch.device("cpu")
+
 
 class BatchLayout:
     """The tensors of a batch in the core's order: the fields, discounts, importance weights, handles, steps."""
@@ -47,16 +49,16 @@ class BatchLayout:
         flatten("next_observations", self.schema.observation_structure, batch.next_observations, leaves)
         return (*leaves, batch.discounts, batch.importance_weights, batch.handles, batch.steps)
 
-    def check_out(self, leaves: tuple[torch.Tensor, ...], n: int) -> tuple[int, ...]:
+    def check_out(self, leaves: tuple[torch.Tensor, ...], n: int, device: torch.device = CPU) -> tuple[int, ...]:
         """The addresses of tensors that a batch of ``n`` rows fits into. ValueError, naming it, where one does not."""
         names = [f.name for f in self.schema.fields]
         names += ["discounts", "importance_weights", "handles", "steps"]
         for name, leaf, (size, dtype) in zip(names, leaves, self.sizes(n), strict=True):
             fits = tuple(leaf.shape) == size and leaf.dtype == dtype
-            if not fits or not leaf.is_contiguous() or leaf.device.type != "cpu":
+            if not fits or not leaf.is_contiguous() or leaf.device != device:
                 raise ValueError(
                     f"out.{name} is {leaf.dtype} {tuple(leaf.shape)} on {leaf.device}; expected {dtype} "
-                    f"{size}, contiguous, on cpu"
+                    f"{size}, contiguous, on {device}"
                 )
         addresses = tuple(leaf.data_ptr() for leaf in leaves)
         if len(set(addresses)) < len(addresses):

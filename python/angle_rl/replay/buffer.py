@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from angle_rl import _core
+from angle_rl.device import free_memory
+from angle_rl.replay import device as on_device
 from angle_rl.replay import export, saving, sharing
 from angle_rl.replay.arrays import (
     check_device,
@@ -68,7 +70,11 @@ class ReplayBuffer:
             frame of each is kept, and stacks are put together when sampled. Needs shared successors. 1: no stacks.
             None: for uint8 observations ``(2 or 4, height, width)``.
         seed: in [0, 2**64), decides every draw.
-        device: where sampled tensors are, unless ``sample`` says otherwise.
+        device: where sampled tensors are, unless ``sample`` says otherwise. On a CUDA device rows and tree are, too:
+            draws, priorities and inserts are launched on the current stream and wait for nothing, the same seed draws
+            the same rows as on a CPU, and what the device refuses is raised by a later call. Such a buffer is this
+            process's alone, shares no successors, draws with replacement, and is used by one thread at a time. Rows
+            that do not fit there stay on the host, with ``sample(device="cuda")``.
         shared: True: memory that forked children share and that ``multiprocessing`` passes to others. A name: other
             processes of this user find it by :meth:`attach`; it is taken away by :meth:`close` or when the process
             that made it ends, and by :meth:`unlink` where that was killed. Linux only.
@@ -80,7 +86,10 @@ class ReplayBuffer:
 
     Attributes:
         n_step, discount, stratified, replacement: as above; may be set at any time, in this process.
+        resident: whether rows and tree are on a device.
     """
+
+    resident = False
 
     n_step: int
     discount: float
@@ -134,27 +143,53 @@ class ReplayBuffer:
         options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
         capacity = check_integer("capacity", options["capacity"], 1, 2**63 - 1)
         seed = check_integer("seed", options["seed"], 0, 2**64 - 1)
+        if check_device(options["device"]).type == "cuda":
+            options = self._resident_options(options, place)
         share = shares_successors(schema, options["share_successors"], options["frame_stack"])
         frames = frames_of(schema, options["frame_stack"], share)
         options |= {"share_successors": share}
+        self.resident = resident = check_device(options["device"]).type == "cuda"
         if place.kind != "file":
-            require_memory(capacity, record_bytes(schema, share, frames))
+            available = free_memory(options["device"]) if resident else None
+            require_memory(capacity, record_bytes(schema, share, frames), available)
         self._configure(schema, options, place)
         meta = sharing.describe(schema, self._prioritized, options)
-        self._core = _core.Replay(
-            fields=self._field_specs(frames),
-            observation_fields=len(schema.observations),
-            share_successors=share,
-            capacity=capacity,
-            prioritized=self._prioritized,
-            seed=seed,
-            kind=place.kind,
-            target=place.target,
-            meta=meta,
-            **self._core_priorities(options),
+
+        def make(kind: str, target: str) -> _core.Replay:
+            return _core.Replay(
+                fields=self._field_specs(frames),
+                observation_fields=len(schema.observations),
+                share_successors=share,
+                capacity=capacity,
+                prioritized=self._prioritized,
+                seed=seed,
+                kind=kind,
+                target=target,
+                meta=meta,
+                **self._core_priorities(options),
+            )
+
+        self._core: Any = (
+            on_device.DeviceCore(lambda: make("private", ""), self._device)
+            if resident
+            else make(place.kind, place.target)
         )
         if place.kind == "named":
             self._end = sharing.take_name_away(self)
+
+    @staticmethod
+    def _resident_options(options: dict[str, Any], place: Place) -> dict[str, Any]:
+        """The options of a buffer on a device. ValueError for what only host memory has."""
+        if place.kind != "private":
+            raise ValueError(
+                f"device is {options['device']!r} and the memory is to be {place.kind}; leave out one of them"
+            )
+        if options["share_successors"] or (options["frame_stack"] or 1) > 1:
+            raise ValueError(
+                f"device is {options['device']!r}; there every row keeps its own next observation, so share_successors "
+                "must be False and frame_stack 1 (or the device 'cpu', with sample(device='cuda'))"
+            )
+        return {**options, "share_successors": False, "frame_stack": 1}
 
     def _core_priorities(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The core's arguments about priorities, checked."""
@@ -258,6 +293,22 @@ class ReplayBuffer:
         """Bytes of memory reserved, rows and index together."""
         return self._core.nbytes
 
+    def refresh(self) -> None:
+        """Before a captured graph of draws and updates is launched: its draws read the discount and the importance exponent
+        as they are now, it comes after earlier calls, and what the device has refused is raised.
+        """
+        _, _, discount, exponent, _ = self._sample_arguments(1)
+        self._core.refresh(discount, exponent)
+
+    def launched(self) -> None:
+        """After such a graph was launched on the current stream: calls on other streams will wait for it."""
+        self._core.launched()
+
+    def _host_core(self) -> _core.Replay:
+        """The core, or, where that is on a device, a copy of it in host memory."""
+        core: _core.Replay = self._core.pull() if self.resident else self._core
+        return core
+
     @property
     def importance_exponent(self) -> ImportanceExponent:
         """The number or schedule that ``sample`` takes where none is given; 0 on a uniform buffer."""
@@ -335,8 +386,11 @@ class ReplayBuffer:
 
         Arrays and CPU tensors of the right dtype that are contiguous are taken without a copy; others are converted by
         NumPy's ``same_kind`` rule. Any thread; rows of one stream from one thread at a time.
+
+        On a device tensors that are there do not leave it; a number among them that does not fit is raised by a later
+        call, none of its call's rows is stored, and the handles of that call name none.
         """
-        if self._flat and type(observations) is np.ndarray and priorities is None:
+        if self._flat and type(observations) is np.ndarray and priorities is None and not self.resident:
             handles: Array | None = self._core.insert(
                 (observations, actions, rewards, next_observations), terminated, truncated, streams, None
             )
@@ -345,6 +399,8 @@ class ReplayBuffer:
         if priorities is not None and not self._prioritized:
             raise ValueError("priorities is given; a uniform buffer has none")
         transition = (observations, actions, rewards, next_observations)
+        if self.resident:
+            return on_device.insert(self, transition, (terminated, truncated, streams, priorities))
         handles = self._core.insert(*convert_rows(self.schema, *transition, terminated, truncated, streams, priorities))
         if handles is None:
             raise RuntimeError("the core refused arrays that the facade had converted; please report this")
@@ -364,6 +420,8 @@ class ReplayBuffer:
         tensor = handle_tensor(handles)
         if tensor.dim() != 1:
             raise ValueError(f"handles has the shape {tuple(tensor.shape)}; it must be (n,)")
+        if self.resident:
+            return self._core.remove_rows(on_device.there(self._core, tensor))
         return self._core.remove(tensor.data_ptr(), tensor.numel())
 
     # ---- batches out ----
@@ -404,9 +462,11 @@ class ReplayBuffer:
         "Prioritized experience replay", 2016, section 3.4).
         """
         arguments = self._sample_arguments(batch_size, n_step, discount, importance_exponent, stratified, replacement)
+        if key is not None and out is not None:
+            raise ValueError("key and out are both given; a batch of a key is a fresh one")
+        if self.resident:
+            return on_device.sample(self, arguments, bool(arguments[4] & _REPLACEMENT), out, device, key)
         if key is not None:
-            if out is not None:
-                raise ValueError("key and out are both given; a batch of a key is a fresh one")
             place = self._device if device is None else check_device(device)
             drawn = map(_to_tensor, self._core.sample_by_key(*arguments, key.value))
             return self._batches.assemble([tensor.to(place) for tensor in drawn])
@@ -478,6 +538,8 @@ class ReplayBuffer:
         depth = check_integer("depth", depth, 1, 1024)
         arguments = (batch_size, n_step, discount, importance_exponent, stratified, replacement)
         self._sample_arguments(*arguments)
+        if self.resident:
+            raise ValueError("the buffer is on a device, where draws are launched ahead by themselves; use sample")
         return Prefetcher(self, depth, self._device if device is None else check_device(device), arguments)
 
     def _blank(self, n: int, pinned: bool) -> list[torch.Tensor]:

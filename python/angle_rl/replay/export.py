@@ -29,9 +29,10 @@ def export_arrays(self: Any) -> dict[str, Array]:
     bool; ``streams`` and ``handles`` int64; of a prioritised buffer ``priorities`` float32, without priority_epsilon.
     Raises RuntimeError if another call changed the buffer meanwhile.
     """
-    before = mark(self._core)
-    arrays = _rows(self._core, self.schema)
-    require_unchanged(self._core, before, "export_arrays")
+    core = self._host_core()
+    before = mark(core)
+    arrays = _rows(core, self.schema)
+    require_unchanged(core, before, "export_arrays")
     if not self._prioritized:
         del arrays["priorities"]
     return arrays

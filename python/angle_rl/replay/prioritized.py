@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import gymnasium as gym
 import torch
 
+from angle_rl.replay import device as on_device
 from angle_rl.replay import sharing
 from angle_rl.replay.arrays import check_number, handle_tensor, host
 from angle_rl.replay.buffer import Described, ImportanceExponent, ReplayBuffer
@@ -143,7 +144,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
             exponent = check_number("importance_exponent", exponent, 0.0)
         self._importance_exponent = exponent
 
-    def update_priorities(self, handles: Any, td_errors: Any) -> int:
+    def update_priorities(self, handles: Any, td_errors: Any) -> Any:
         """Give rows new priorities.
 
         Args:
@@ -151,15 +152,18 @@ class PrioritizedReplayBuffer(ReplayBuffer):
             td_errors: float32 or float64 ``[n]``, finite and not negative: |target - estimate|, mean over critics.
 
         Returns:
-            How many handles were refused because their row has been overwritten or removed since.
+            How many handles were refused because their row has been overwritten or removed since: an int, or, of a
+            buffer on a device, a tensor of one int64 there, so that nobody waits for it.
 
         Raises:
             ValueError: a NaN, infinite or negative td_error (the first bad index is named), a handle that was never
                 issued, unequal lengths. Nothing is changed then.
 
         Arrays and CPU tensors that are contiguous go in without a copy; CUDA tensors are copied to the host.
-        Any thread.
+        Any thread. On a device the values are looked at there, and what does not fit is raised by a later call.
         """
+        if self.resident:
+            return on_device.update_priorities(self._core, handles, td_errors)
         handles = handle_tensor(handles)
         if not (
             type(td_errors) is torch.Tensor

@@ -33,7 +33,7 @@ def save(self: Any, path: PathLike) -> Path:
             :meth:`repair` was not called since; there is no new file then.
         ReplayFileError: ``path`` exists and is no replay file.
     """
-    core: _core.Replay = self._core
+    core: _core.Replay = self._host_core()
     parts = core.parts()
     facts = {
         "kind": _kind(self),
@@ -50,7 +50,7 @@ def save(self: Any, path: PathLike) -> Path:
     return files.write(path, facts, parts, check_source=lambda: require_unchanged(core, before, f"save to {path}"))
 
 
-def load(cls: Any, path: PathLike, *, shared: bool | str | None = None, backing: Any = None) -> Any:
+def load(cls: Any, path: PathLike, *, shared: bool | str | None = None, backing: Any = None, device: Any = None) -> Any:
     """The buffer that :meth:`save` wrote; from here on it does what the saved one would have done, bit for bit.
 
     Read straight into the new buffer's memory, every block verified before anybody sees it. A schedule is to be set
@@ -59,6 +59,7 @@ def load(cls: Any, path: PathLike, *, shared: bool | str | None = None, backing:
     Args:
         shared: as in the constructor.
         backing: the constructor's ``path``: a new file to keep the memory in.
+        device: the constructor's, in place of the saved buffer's: a file does not mind where it is loaded to.
 
     Raises ReplayFileError, naming the file, where it is missing, truncated, damaged, foreign, from a newer version or
     of the other kind of buffer; MemoryError and OSError as the constructor does.
@@ -73,7 +74,8 @@ def load(cls: Any, path: PathLike, *, shared: bool | str | None = None, backing:
                 raise ValueError(f"its {name} is {facts[name]!r}, not {own!r}")
         options = dict(facts["options"])
         check_integer("slots", facts["slots"], 0, check_integer("capacity", options["capacity"], 1, 2**63 - 1))
-        buffer._create(from_json(facts["schema"]), options.copy(), place)
+        made = options if device is None else {**options, "device": str(device)}
+        buffer._create(from_json(facts["schema"]), made.copy(), place)
     try:
         with _fitting(path):
             if unknown := set(options) - set(buffer._options()):

@@ -1,0 +1,452 @@
+"""A replay whose rows and tree are on a device, and the calls that launch its kernels.
+
+Memory is torch's: a segment as the host's core lays it out, so that it goes over and back as it is. Nothing here waits
+for the device but what has to show its numbers (``stats``, ``audit``, ``save``, ...). What kernels refuse they note in
+host memory, and the next call raises it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from angle_rl import _core, device
+from angle_rl.replay.arrays import check_device, convert_rows, handle_tensor, host
+from angle_rl.schema import Schema, flatten
+from angle_rl.types import Array, Batch, RandomKey
+
+KEYED = 8  # the kernels' flag of a sample whose draws a key decides
+_ALIGN = 16  # of columns within staged memory
+
+Arguments = tuple[int, int, float, float, int]
+
+
+class DeviceCore:
+    """What ``_core.Replay`` is to a buffer in host memory. One thread at a time; any streams, one after the other."""
+
+    stack = 1
+    descriptor = -1
+
+    def __init__(self, make_twin: Callable[[], _core.Replay], place: torch.device) -> None:
+        """`make_twin` makes an empty replay of these options in host memory: its memory is where this one begins, and
+        what it is brought to where the host has to look at all of it.
+        """
+        self._make_twin = make_twin
+        try:
+            twin = make_twin()
+        except MemoryError:
+            raise MemoryError("there are not enough addresses for a buffer of this capacity on the host") from None
+        self._layout = twin.layout()
+        self._kernels = device.backend(place)
+        self.device = device.memory_device(place)
+        self._real = self.device.type == "cuda"
+        self.nbytes: int = self._layout["total_bytes"]
+        try:
+            self._memory = torch.zeros(self.nbytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"capacity is {twin.capacity} rows, which need {self.nbytes / 2**30:.1f} GiB on {self.device}: {error}"
+            ) from None
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._flags = torch.zeros(self._kernels.FLAG_WORDS, dtype=torch.int64, pin_memory=self._real)
+        self._told = self._flags.numpy()
+        self._live = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._event: Any = torch.cuda.Event() if self._real else None
+        self._last_stream = 0
+        self._loading: _core.Replay | None = None
+        self.capacity: int = twin.capacity
+        self.record_bytes: int = twin.record_bytes
+        self._push(twin)
+
+    # Streams and errors ----------
+
+    def _in_order(self) -> None:
+        """What was launched before, on any stream, comes before what the current stream does next."""
+        if not self._real or torch.cuda.is_current_stream_capturing():
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if stream.cuda_stream != self._last_stream:
+            stream.wait_event(self._event)
+            self._last_stream = stream.cuda_stream
+
+    def _launch(self, kernel: Callable[..., None], *arguments: Any) -> None:
+        self._in_order()
+        device.launch(kernel, self.device, *arguments)
+        self.launched()
+
+    def launched(self) -> None:
+        """Something was launched on the current stream that later streams have to wait for."""
+        if self._real and not torch.cuda.is_current_stream_capturing():
+            self._event.record(torch.cuda.current_stream(self.device))
+
+    def check(self) -> None:
+        """Raise what a kernel refused since the last look, if anything has arrived."""
+        if self._told[0] == 0:
+            return
+        code, index, integer = (int(word) for word in self._told[:3])
+        real = float(self._told[3:4].view(np.float64)[0])
+        self._told[0] = 0
+        raise ValueError(
+            "an earlier call was refused on the device, and nothing of it was applied: "
+            + {
+                1: "no row of the buffer has positive weight; nothing can be sampled",
+                2: f"td_errors[{index}] is {real}; priorities must be finite and not negative",
+                3: f"handles[{index}] is {integer}, which was never issued; handles so far lie in "
+                f"[0, {self.next_ticket})",
+                4: f"rewards[{index}] is {real}; rewards must be finite in the buffer's dtype",
+                5: f"priorities[{index}] is {real}; priorities must be finite and not negative",
+                6: f"streams[{index}] is {integer}; it must be between 0 and {_core.MAX_STREAMS - 1}",
+            }[code]
+        )
+
+    # Rows in, batches out, priorities ----------
+
+    def insert(self, columns: Sequence[int], n: int, flags: Sequence[int], check_rewards: bool) -> Array:
+        """Launch the insert of `n` rows and return their handles. `flags`: addresses of terminated, truncated, streams,
+        their order (two) and priorities, 0 where there is none.
+        """
+        first = self.next_ticket
+        self._in_order()
+        device.launch(self._calls.insert, self.device, list(columns), n, first, *flags, check_rewards)
+        self.next_ticket += n
+        self.launched()
+        return np.arange(first, first + n, dtype=np.int64)
+
+    def sample(self, arguments: Arguments, tensors: Sequence[torch.Tensor], key: RandomKey | None) -> None:
+        """Launch the draw of a batch into `tensors`. While a graph is captured, the discount and the importance
+        exponent are those of the last `refresh` before each launch of it.
+        """
+        n, n_step, discount, importance_exponent, flags = arguments
+        drawn = torch.empty(n, dtype=torch.int64, device=self.device)
+        live = self._live.data_ptr() if self._real and torch.cuda.is_current_stream_capturing() else 0
+        how = flags & 5 | (0 if key is None else KEYED)
+        self._launch(
+            self._calls.sample,
+            [tensor.data_ptr() for tensor in tensors],
+            drawn.data_ptr(),
+            n,
+            n_step,
+            discount,
+            importance_exponent,
+            how,
+            0 if key is None else key.value,
+            live,
+        )
+
+    def refresh(self, discount: float, importance_exponent: float) -> None:
+        """What captured draws read from now on, and the current stream behind what was launched before."""
+        self.check()
+        self._in_order()
+        numbers = torch.tensor([discount, importance_exponent], dtype=torch.float64, pin_memory=self._real)
+        self._live.copy_(numbers, non_blocking=True)
+
+    def update(self, handles: torch.Tensor, td_errors: torch.Tensor) -> torch.Tensor:
+        """Launch new priorities; how many will have been refused, as a number on the device."""
+        n = handles.numel()
+        refused = torch.zeros((), dtype=torch.int64, device=self.device)
+        if n == 0:
+            return refused
+        claims, count = None, 0
+        if n > self._kernels.FEW_HANDLES:
+            count = 1 << (2 * n - 1).bit_length()
+            claims = torch.zeros(2 + count, dtype=torch.int64, device=self.device)
+        self._launch(
+            self._calls.update,
+            handles.data_ptr(),
+            td_errors.data_ptr(),
+            td_errors.dtype == torch.float64,
+            n,
+            0 if claims is None else claims.data_ptr(),
+            count,
+            refused.data_ptr(),
+        )
+        return refused
+
+    def remove_rows(self, handles: torch.Tensor) -> int:
+        """Take rows out of the draws; how many were refused. Waits for the device."""
+        refused = torch.zeros((), dtype=torch.int64, device=self.device)
+        if handles.numel() > 0:
+            self._launch(self._calls.remove, handles.data_ptr(), handles.numel(), refused.data_ptr())
+        count = int(refused)
+        self.check()
+        return count
+
+    def set_priority_exponent(self, exponent: float) -> None:
+        """Weigh every row anew."""
+        self.check()
+        self._in_order()
+        at = self._layout["exponent_at"]
+        self._memory[at : at + 8].view(torch.float64).fill_(exponent)
+        self._exponent = exponent
+        self._make_scratch(self._make_twin())
+        self._launch(self._calls.reweigh)
+
+    def priority_exponent(self) -> float:
+        return self._exponent
+
+    # The memory as a whole; these wait for the device ----------
+
+    def pull(self, header_only: bool = False) -> _core.Replay:
+        """A replay in host memory with all that is here, or with the counters alone."""
+        twin = self._make_twin()
+        self._in_order()
+        there = torch.from_numpy(twin.memory())
+        records = self._layout["records_at"]
+        index = self._layout["header_bytes"] if header_only else records
+        there[:index].copy_(self._memory[:index])
+        if not header_only:
+            end = records + self.size * self.record_bytes
+            there[records:end].copy_(self._memory[records:end])
+        self.check()
+        return twin
+
+    def _push(self, twin: _core.Replay) -> None:
+        self._in_order()
+        there = torch.from_numpy(twin.memory())
+        records = self._layout["records_at"]
+        self.next_ticket: int = twin.next_ticket
+        self._exponent = twin.priority_exponent()
+        end = records + self.size * self.record_bytes
+        self._memory[:end].copy_(there[:end])
+        self._make_scratch(twin)
+        self.launched()
+
+    def _make_scratch(self, twin: _core.Replay) -> None:
+        first = bytearray(self._kernels.first_scratch(twin.bucket_priorities(self._exponent)))
+        self._scratch = torch.frombuffer(first, dtype=torch.uint8).to(self.device)
+        addresses = self._memory.data_ptr(), self._scratch.data_ptr(), self._flags.data_ptr()
+        self._calls = self._kernels.Replay(self._layout, *addresses)
+
+    @property
+    def size(self) -> int:
+        """Rows held."""
+        return min(self.next_ticket, self.capacity)
+
+    def stats(self) -> dict[str, int]:
+        return self.pull(header_only=True).stats()
+
+    def histogram(self) -> list[tuple[int, int]]:
+        return self.pull(header_only=True).histogram()
+
+    def audit(self) -> list[str]:
+        return self.pull().audit()
+
+    def repair(self) -> int:
+        twin = self.pull()
+        mended = twin.repair()
+        self._push(twin)
+        return mended
+
+    def parts(self, slots: int | None = None) -> dict[str, Array]:
+        """As ``_core.Replay.parts``: of a copy, or, with `slots`, of memory that `adopt` brings here."""
+        if slots is None:
+            return self.pull().parts()
+        self._loading = self._make_twin()
+        return self._loading.parts(slots)
+
+    def adopt(self, header: Array, slots: int) -> None:
+        assert self._loading is not None
+        self._loading.adopt(header, slots)
+        self._push(self._loading)
+        self._loading = None
+
+    def restore(self, header: Array, index: Array, records: Array) -> None:
+        twin = self._make_twin()
+        twin.restore(header, index, records)
+        self._push(twin)
+
+
+# What a buffer does where its rows are on a device ----------
+
+
+def insert(buffer: Any, transition: tuple[Any, ...], ends: tuple[Any, Any, Any, Any]) -> Array:
+    """:meth:`ReplayBuffer.insert` into a buffer whose rows are on a device, from host arrays or tensors there."""
+    core: DeviceCore = buffer._core
+    core.check()
+    schema: Schema = buffer.schema
+    leaves = _leaves(schema, transition)
+    if all(isinstance(leaf, torch.Tensor) and leaf.device == core.device for leaf in leaves):
+        columns, flags, n = _tensors_there(core, schema, leaves, ends)
+        _require_room(core, n)
+        check_rewards = True
+    else:
+        columns, flags, n = _brought_over(core, schema, transition, ends)
+        check_rewards = False
+    if n == 0:
+        return np.empty(0, np.int64)
+    addresses = [0 if flag is None else flag.data_ptr() for flag in flags]
+    return core.insert([column.data_ptr() for column in columns], n, addresses, check_rewards)
+
+
+def sample(
+    buffer: Any, arguments: Arguments, replacement: bool, out: Batch | None, place: Any, key: RandomKey | None
+) -> Batch:
+    """:meth:`ReplayBuffer.sample` from a buffer whose rows are on a device. Waits for nothing."""
+    core: DeviceCore = buffer._core
+    core.check()
+    if not replacement:
+        raise ValueError("replacement is False; rows on a device are drawn with replacement only")
+    if core.next_ticket == 0:
+        raise ValueError("the buffer is empty; insert rows before sampling")
+    n = arguments[0]
+    if out is not None:
+        if place is not None:
+            raise ValueError("out and device are both given; out is filled where it is, so leave one of them out")
+        leaves = buffer._batches.leaves(out)
+        buffer._batches.check_out(leaves, n, core.device)
+        core.sample(arguments, leaves, key)
+        return out
+    tensors = [torch.empty(size, dtype=dtype, device=core.device) for size, dtype in buffer._batches.sizes(n)]
+    core.sample(arguments, tensors, key)
+    if place is not None and (place := check_device(place)) != core.device and place.type != core.device.type:
+        tensors = [tensor.to(place) for tensor in tensors]
+    batch: Batch = buffer._batches.assemble(tensors)
+    return batch
+
+
+def update_priorities(core: DeviceCore, handles: Any, td_errors: Any) -> torch.Tensor:
+    """:meth:`PrioritizedReplayBuffer.update_priorities` on a device: how many were refused is a number there."""
+    core.check()
+    if not (isinstance(handles, torch.Tensor) and handles.device == core.device):
+        handles = handle_tensor(handles)
+    if not (isinstance(td_errors, torch.Tensor) and td_errors.device == core.device):
+        td_errors = host("td_errors", td_errors)
+    handles, td_errors = there(core, handles), there(core, td_errors)
+    if handles.dtype != torch.int64:
+        raise TypeError(f"handles has the dtype {handles.dtype}; handles are int64")
+    if td_errors.dtype not in (torch.float32, torch.float64):
+        if td_errors.dtype.is_complex or td_errors.dtype == torch.bool:
+            raise TypeError(f"td_errors has the dtype {td_errors.dtype}; td_errors are real numbers")
+        td_errors = td_errors.to(torch.float32 if td_errors.dtype.is_floating_point else torch.float64)
+    if handles.dim() != 1 or handles.shape != td_errors.shape:
+        raise ValueError(
+            f"handles has the shape {tuple(handles.shape)} and td_errors {tuple(td_errors.shape)}; both must be (n,)"
+        )
+    if handles.numel() > core._kernels.MOST_AT_ONCE:
+        raise ValueError(f"handles has {handles.numel()} rows; on a device a call takes at most 2**24")
+    return core.update(handles, td_errors)
+
+
+def there(core: DeviceCore, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as kernels take it: contiguous, on the device, without gradient."""
+    return tensor.detach().to(core.device, non_blocking=True).contiguous()
+
+
+def _leaves(schema: Schema, transition: tuple[Any, ...]) -> list[Any]:
+    observations, actions, rewards, next_observations = transition
+    leaves: list[Any] = []
+    flatten("observations", schema.observation_structure, observations, leaves)
+    flatten("actions", schema.action_structure, actions, leaves)
+    leaves.append(rewards)
+    flatten("next_observations", schema.observation_structure, next_observations, leaves)
+    return leaves
+
+
+def _require_room(core: DeviceCore, n: int) -> None:
+    if n > core.capacity:
+        raise ValueError(f"observations hold {n} rows; the buffer's capacity is {core.capacity}")
+
+
+Columns = tuple[list[torch.Tensor], list["torch.Tensor | None"], int]
+
+
+def _tensors_there(core: DeviceCore, schema: Schema, leaves: list[torch.Tensor], ends: tuple[Any, ...]) -> Columns:
+    """Columns that are on the device already, converted there where need be."""
+    first = schema.observations[0]
+    batched = leaves[0].dim() == len(first.shape) + 1
+    n = leaves[0].shape[0] if batched else 1
+
+    def column(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.as_tensor(value)
+        expected = (n, *shape) if batched else shape
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; expected {expected}")
+        if not torch.can_cast(tensor.dtype, dtype):
+            raise TypeError(f"{name} has the dtype {tensor.dtype}, which does not convert to {dtype}")
+        return there(core, tensor).reshape(n, *shape).to(dtype)
+
+    columns = [
+        column(f.name, leaf, f.shape, torch.from_numpy(np.empty(0, f.dtype)).dtype)
+        for f, leaf in zip(schema.fields, leaves, strict=True)
+    ]
+    terminated, truncated, streams, priorities = ends
+    kinds = {"terminated": torch.bool, "truncated": torch.bool, "streams": torch.int64, "priorities": torch.float32}
+    flags = [
+        None if value is None else column(name, value, (), dtype)
+        for (name, dtype), value in zip(kinds.items(), (terminated, truncated, streams, priorities), strict=True)
+    ]
+    if flags[0] is None:
+        raise TypeError("terminated is None; it must be bool or [n] bool")
+    order = (None, None) if flags[2] is None else stream_order(flags[2])
+    return columns, [*flags[:3], *order, flags[3]], n
+
+
+def _brought_over(core: DeviceCore, schema: Schema, transition: tuple[Any, ...], ends: tuple[Any, ...]) -> Columns:
+    """Host arrays, checked as the host's insert checks them, and copied in one piece."""
+    from_host = (value.cpu() if isinstance(value, torch.Tensor) and value.is_cuda else value for value in transition)
+    terminated, truncated, streams, priorities = ends
+    if type(streams) is int:
+        streams = np.int64(streams if 0 <= streams < _core.MAX_STREAMS else -1)  # with all others that are refused
+    columns, terminated, truncated, streams, priorities = convert_rows(
+        schema, *from_host, terminated, truncated, streams, priorities
+    )
+    n = len(terminated)
+    _require_room(core, n)
+    rewards = columns[len(schema.observations) + len(schema.actions)]
+    _require_each("rewards", rewards, np.isfinite(rewards), "rewards must be finite in the buffer's dtype")
+    if streams is not None:
+        inside = (streams >= 0) & (streams < _core.MAX_STREAMS)
+        _require_each("streams", streams, inside, f"it must be between 0 and {_core.MAX_STREAMS - 1}")
+    if priorities is not None:
+        fits = (priorities >= 0) & np.isfinite(priorities)
+        _require_each("priorities", priorities, fits, "priorities must be finite and not negative")
+    order: tuple[Any, Any] = (None, None)
+    if streams is not None:
+        order = tuple(part.numpy() for part in stream_order(torch.from_numpy(streams)))  # type: ignore[assignment]
+    arrays = [*columns, terminated, truncated, streams, *order, priorities]
+    places, end = [], 0
+    for array in arrays:
+        places.append(end)
+        end += 0 if array is None else -(-array.nbytes // _ALIGN) * _ALIGN
+    staged = torch.empty(end, dtype=torch.uint8, pin_memory=core._real)
+    memory = staged.numpy()
+    for array, place in zip(arrays, places, strict=True):
+        if array is not None:
+            memory[place : place + array.nbytes] = array.reshape(-1).view(np.uint8)
+    moved = staged.to(core.device, non_blocking=True)
+    tensors = [None if array is None else moved[place:] for array, place in zip(arrays, places, strict=True)]
+    count = len(columns)
+    return tensors[:count], tensors[count:], n  # type: ignore[return-value]
+
+
+def _require_each(name: str, values: Array, fits: Array, rule: str) -> None:
+    if not fits.all():
+        index = int(np.argmin(fits))
+        raise ValueError(f"{name}[{index}] is {values[index]}; {rule}")
+
+
+def stream_order(streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For rows of these streams ``[n]``, in time order: the index of each one's next row of the same stream, or -1; and
+    of each stream's first row the index of its last, elsewhere -1. Both int32 ``[n]``. Waits for no device.
+    """
+    n = len(streams)
+    order = torch.argsort(streams, stable=True)
+    ordered = streams[order]
+    ends = torch.ones(n, dtype=torch.bool, device=streams.device)
+    starts = ends.clone()
+    if n > 1:
+        changes = ordered[1:] != ordered[:-1]
+        ends[:-1] = changes
+        starts[1:] = changes
+    following = torch.where(ends, -1, order.roll(-1))
+    positions = torch.arange(n, device=streams.device)
+    end_of = torch.where(ends, positions, n).flip(0).cummin(0).values.flip(0)
+    last = torch.where(starts, order[end_of], -1)
+    out = torch.empty(2, n, dtype=torch.int64, device=streams.device)
+    out[0].scatter_(0, order, following)
+    out[1].scatter_(0, order, last)
+    moved = out.to(torch.int32)
+    return moved[0], moved[1]
