@@ -1,20 +1,5 @@
 // From priorities to weights, one number at a time: fixed float64 arithmetic, equal to the last bit on every ISA and
-// device. ANGLE_KERNEL_FUNCTION says how such a function is declared where this is compiled.
-#if !defined(ANGLE_KERNEL_FUNCTION)
-#define ANGLE_KERNEL_FUNCTION __attribute__((always_inline)) inline
-#endif
-
-ANGLE_KERNEL_FUNCTION double as_double(uint64_t bits) {
-  double value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-ANGLE_KERNEL_FUNCTION uint64_t as_bits(double value) {
-  uint64_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
+// device. Needs bits.inl.
 
 // log2 by the series of atanh on [sqrt(1/2), sqrt(2)), then exp2 by Taylor's on [-1/2, 1/2]: only additions,
 // multiplications, one division and shifts of bits, in a fixed order (by halves: short chains), so that every ISA and
@@ -22,7 +7,7 @@ ANGLE_KERNEL_FUNCTION uint64_t as_bits(double value) {
 ANGLE_KERNEL_FUNCTION double power_of(double value, double exponent) {
   constexpr uint64_t kRootHalf = 0x3FE6A09E667F3BCDull, kBias = 1023ull << 52, kMagicBits = 0x4330000000000000ull;
   constexpr double kMagic = 0x1p52, kRound = 0x1.8p52, kSmallest = 0x1p-1022, kLog2E = 0x1.71547652b82fep+0,
-                 kLn2 = 0x1.62e42fefa39efp-1;
+                   kLn2 = 0x1.62e42fefa39efp-1;
   const double x = value < kSmallest ? kSmallest : value;
   const uint64_t bits = as_bits(x), biased = (bits - kRootHalf + kBias) >> 52;
   const double whole = as_double(biased | kMagicBits) - kMagic - 1023.0;
