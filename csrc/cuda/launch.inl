@@ -1,6 +1,7 @@
 // The launchers, the same for a device and for the host. Included by kernels.cu and kernels_host.cpp.
 #pragma once
 #include "cuda/portable.h"
+#include "cuda/random.inl"
 #include "cuda/replay.inl"
 
 namespace angle::device {
@@ -32,6 +33,18 @@ int angle_replay_remove(const RemoveParams* p, void* stream) { return launch<Rem
 
 int angle_replay_reweigh(const ReweighParams* p, void* stream) {
   return launch<ReweighRows>(*p, blocks_for(p->view.capacity, ReweighRows::kRows), stream);
+}
+
+int angle_random_normals_f32(const DrawParams* p, void* stream) {
+  return launch<Draw<float, kNormal>>(*p, blocks_for(p->n, 2 * Draw<float, kNormal>::kThreads), stream);
+}
+
+int angle_random_normals_f64(const DrawParams* p, void* stream) {
+  return launch<Draw<double, kNormal>>(*p, blocks_for(p->n, 2 * Draw<double, kNormal>::kThreads), stream);
+}
+
+int angle_random_uniforms(const DrawParams* p, void* stream) {
+  return launch<Draw<double, kUniform>>(*p, blocks_for(p->n, 2 * Draw<double, kUniform>::kThreads), stream);
 }
 
 const char* angle_device_error(int code) { return error_text(code); }
