@@ -25,6 +25,7 @@ FLOORS = [
     ["device"],
     ["spaces"],
     ["schema", "replay"],
+    ["fused"],
     ["ops"],
     ["acting", "models", "encoders"],
     ["function_feed"],
