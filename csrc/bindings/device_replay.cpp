@@ -83,9 +83,9 @@ class DeviceReplay {
     check_launch(angle_replay_insert(&p, at<void>(stream)), "replay_insert");
   }
 
-  // addresses: one a field, then discounts, importance weights, handles and steps; drawn: [n] 64-bit words to work with.
-  // how: SampleParams::Flags. live: two float64, discount and importance exponent, to be read instead of the arguments
-  // when the kernel runs; 0: none.
+  // addresses: one a field, then discounts, importance weights, handles and steps; drawn: [n] 64-bit words to work
+  // with. how: SampleParams::Flags. live: two float64, discount and importance exponent, to be read instead of the
+  // arguments when the kernel runs; 0: none.
   void sample(const std::vector<uintptr_t>& addresses, uintptr_t drawn, uint64_t n, uint32_t n_step, double discount,
               double importance_exponent, uint32_t how, uint64_t key, uintptr_t live, uintptr_t stream) const {
     require_columns(addresses.size(), fields_.size() + 4);
@@ -179,8 +179,8 @@ void bind_device_replay(py::module_& m) {
   m.attr("FLAG_WORDS") = sizeof(ReplayFlags) / sizeof(uint64_t);
   m.def("first_scratch", &first_scratch, py::arg("bucket_priorities"));
   py::class_<DeviceReplay>(m, "Replay", "Launches the replay's kernels. angle_rl.replay is its public face.")
-      .def(py::init<const py::typing::Dict<py::str, py::object>&, uintptr_t, uintptr_t, uintptr_t>(), py::arg("layout"), py::arg("segment"),
-           py::arg("scratch"), py::arg("flags"))
+      .def(py::init<const py::typing::Dict<py::str, py::object>&, uintptr_t, uintptr_t, uintptr_t>(), py::arg("layout"),
+           py::arg("segment"), py::arg("scratch"), py::arg("flags"))
       .def("insert", &DeviceReplay::insert, py::arg("columns"), py::arg("n"), py::arg("first_ticket"),
            py::arg("terminated"), py::arg("truncated"), py::arg("streams"), py::arg("next"), py::arg("last"),
            py::arg("priorities"), py::arg("check_rewards"), py::arg("stream"))

@@ -62,7 +62,9 @@ struct RecordLayout {
 struct RecordHead {
   static constexpr uint64_t kTerminated = 1, kTruncated = 2, kRow = 4;  // kRow: more than an observation
 
-  static constexpr uint64_t of(uint64_t lap, uint64_t stream, uint64_t flags) { return lap << 20 | flags << 16 | stream; }
+  static constexpr uint64_t of(uint64_t lap, uint64_t stream, uint64_t flags) {
+    return lap << 20 | flags << 16 | stream;
+  }
   static constexpr uint64_t lap(uint64_t head) { return head >> 20; }
   static constexpr uint64_t stream(uint64_t head) { return head & 0xFFFF; }
   static constexpr bool has(uint64_t head, uint64_t flags) { return (head >> 16 & flags) != 0; }
@@ -77,7 +79,9 @@ struct RecordPriority {
   }
   static constexpr float value(uint64_t word) { return std::bit_cast<float>(static_cast<uint32_t>(word >> 32)); }
   static constexpr bool has_lap(uint64_t word, uint64_t lap) { return (word & 0xFFFFFFFF) == (lap & 0xFFFFFFFF); }
-  static constexpr bool is_before(uint64_t word, uint64_t lap) { return static_cast<int32_t>((lap - word) & 0xFFFFFFFF) > 0; }
+  static constexpr bool is_before(uint64_t word, uint64_t lap) {
+    return static_cast<int32_t>((lap - word) & 0xFFFFFFFF) > 0;
+  }
 };
 
 // The tree's shape: leaves in groups of 2**shift[0], those in groups of 2**shift[1], ... up to at most kMaxTop nodes,

@@ -1,6 +1,6 @@
-// The replay's kernels: the same integers, draws and rows as core/ has them, by calls that never run side by side. So no
-// word is read while somebody changes it but by the adds below, which commute: sums and counts come out the same whatever
-// the order of threads.
+// The replay's kernels: the same integers, draws and rows as core/ has them, by calls that never run side by side. So
+// no word is read while somebody changes it but by the adds below, which commute: sums and counts come out the same
+// whatever the order of threads.
 #pragma once
 #include "core/counts.h"
 #include "core/layout.h"
@@ -23,8 +23,12 @@ struct View {
 
   ANGLE_DEVICE SegmentHeader& header() const { return *reinterpret_cast<SegmentHeader*>(parts.segment); }
   ANGLE_DEVICE uint64_t* leaves() const { return reinterpret_cast<uint64_t*>(parts.segment + parts.leaves_at); }
-  ANGLE_DEVICE int64_t* sums(uint32_t level) const { return reinterpret_cast<int64_t*>(parts.segment + parts.sums_at[level]); }
-  ANGLE_DEVICE uint8_t* record(uint64_t slot) const { return parts.segment + parts.records_at + slot * parts.record_bytes; }
+  ANGLE_DEVICE int64_t* sums(uint32_t level) const {
+    return reinterpret_cast<int64_t*>(parts.segment + parts.sums_at[level]);
+  }
+  ANGLE_DEVICE uint8_t* record(uint64_t slot) const {
+    return parts.segment + parts.records_at + slot * parts.record_bytes;
+  }
   ANGLE_DEVICE uint64_t* word(uint64_t slot, uint32_t offset) const {
     return reinterpret_cast<uint64_t*>(record(slot) + offset);
   }
@@ -82,7 +86,8 @@ ANGLE_DEVICE void tell(ReplayFlags* flags, ReplayFlags::Code code, int64_t index
 
 // ---- weights that change ----
 
-// Rows by weight that a block has gained or lost, as WeightCounts counts them: default weights first, then computed ones.
+// Rows by weight that a block has gained or lost, as WeightCounts counts them: default weights first, then computed
+// ones.
 struct CountChanges {
   int32_t by[2 * kBuckets];
 
@@ -192,7 +197,8 @@ struct PrepareInsert {
         tell(p.flags, ReplayFlags::kBadStream, static_cast<int64_t>(i), p.streams[i], 0.0);
       } else if (shared.bad_priority != 0) {
         const uint64_t i = p.n - shared.bad_priority;
-        tell(p.flags, ReplayFlags::kBadInsertPriority, static_cast<int64_t>(i), 0, static_cast<double>(p.priorities[i]));
+        tell(p.flags, ReplayFlags::kBadInsertPriority, static_cast<int64_t>(i), 0,
+             static_cast<double>(p.priorities[i]));
       } else if (shared.bad_reward != 0) {
         const uint64_t i = p.n - shared.bad_reward;
         tell(p.flags, ReplayFlags::kBadReward, static_cast<int64_t>(i), 0, real_at(p.rewards, i, p.reward));
@@ -375,11 +381,12 @@ ANGLE_DEVICE uint32_t child_of(const Value* children, uint32_t fan, uint64_t mas
 struct SampleRows {
   using Params = SampleParams;
   static constexpr uint32_t kThreads = 256;
-  static constexpr uint64_t kAtOnce = 4096;  // batches up to this are weighed by the last block, without a second launch
+  static constexpr uint64_t kAtOnce =
+      4096;  // batches up to this are weighed by the last block, without a second launch
   static constexpr uint32_t kGroups = TreeShape::kMaxTop >> TreeShape::kTopShift;
   struct Shared {
-    int64_t prefix[kGroups];   // running sums of the top's groups
-    int64_t parts[kThreads];   // sums of each thread's groups, then what is before them
+    int64_t prefix[kGroups];  // running sums of the top's groups
+    int64_t parts[kThreads];  // sums of each thread's groups, then what is before them
     uint64_t ages, lowest;
     uint32_t last;
   };
@@ -504,9 +511,8 @@ struct SampleRows {
         warp.each([&](int lane) { sums[lane] = shared.parts[first + static_cast<uint32_t>(lane)]; });
         const Lanes<int64_t> running = warp.scan(sums);
         const int64_t own = warp.broadcast(running, kLanes - 1);
-        warp.each([&](int lane) {
-          shared.parts[first + static_cast<uint32_t>(lane)] = before + running[lane] - sums[lane];
-        });
+        warp.each(
+            [&](int lane) { shared.parts[first + static_cast<uint32_t>(lane)] = before + running[lane] - sums[lane]; });
         before += own;
       }
     });
@@ -580,7 +586,8 @@ struct SampleRows {
     return node * fan + child;
   }
 
-  // Sums the rewards of up to n_step rows of the stream, writes what follows from that, and returns the slot of the last.
+  // Sums the rewards of up to n_step rows of the stream, writes what follows from that, and returns the slot of the
+  // last.
   ANGLE_DEVICE static uint64_t walk_window(const View& view, const SampleParams& p, Place at, double discount,
                                            uint64_t i) {
     uint64_t head = *view.word(at.slot, RecordLayout::kHead);

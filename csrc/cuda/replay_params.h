@@ -1,5 +1,6 @@
-// What the replay's launchers take: addresses on the device and numbers. The memory is a segment as core/layout.h has it,
-// so that it goes to the host and back as it is; calls on it follow each other on streams, and never run side by side.
+// What the replay's launchers take: addresses on the device and numbers. The memory is a segment as core/layout.h has
+// it, so that it goes to the host and back as it is; calls on it follow each other on streams, and never run side by
+// side.
 #pragma once
 #include <cstdint>
 
@@ -24,13 +25,13 @@ struct ReplayView {
 
 // What kernels of one buffer leave for one another, beside the segment. All zeros at first, but for `smallest`.
 struct ReplayScratch {
-  uint64_t smallest;     // weight of the batch that is being drawn; ~0 between calls
-  uint64_t least;        // smallest, or the buffer's, of the batch drawn last
-  uint32_t finished;     // blocks of the running kernel; 0 between calls
+  uint64_t smallest;  // weight of the batch that is being drawn; ~0 between calls
+  uint64_t least;     // smallest, or the buffer's, of the batch drawn last
+  uint32_t finished;  // blocks of the running kernel; 0 between calls
   float default_priority;
   uint64_t default_weight;
-  uint64_t bad;                      // of the insert under way: 1 + the index of the first bad row counted from the end
-  float bucket_priority[kBuckets];   // what PriorityMap::priority says of each bucket's upper edge
+  uint64_t bad;                     // of the insert under way: 1 + the index of the first bad row counted from the end
+  float bucket_priority[kBuckets];  // what PriorityMap::priority says of each bucket's upper edge
 };
 
 // What went wrong, for the host to raise at its next call; in host memory that the device writes. The first one stays.
@@ -64,13 +65,13 @@ struct InsertParams {
   FieldIn fields[kMostFields];
   uint32_t field_count, rows_per_warp;
   uint64_t n, first_ticket;
-  const uint8_t* terminated;   // [n]
-  const uint8_t* truncated;    // [n], or null: none
-  const int64_t* streams;      // [n], or null: all 0
-  const int32_t* next;         // [n], index of the stream's next row in this call, -1: none; null where streams is
-  const int32_t* last;         // [n], of a stream's first row here the index of its last, else -1; null where streams is
-  const float* priorities;     // [n], or null: the default
-  const uint8_t* rewards;      // [n], looked at where `reward` says how, else null
+  const uint8_t* terminated;  // [n]
+  const uint8_t* truncated;   // [n], or null: none
+  const int64_t* streams;     // [n], or null: all 0
+  const int32_t* next;        // [n], index of the stream's next row in this call, -1: none; null where streams is
+  const int32_t* last;        // [n], of a stream's first row here the index of its last, else -1; null where streams is
+  const float* priorities;    // [n], or null: the default
+  const uint8_t* rewards;     // [n], looked at where `reward` says how, else null
   FieldReal reward;
 };
 
@@ -108,9 +109,9 @@ struct UpdateParams {
   const int64_t* handles;
   const void* td_errors;
   uint64_t n;
-  uint64_t* claims;       // [2 + claim_count] zeros, not read where n is small
-  uint64_t claim_count;   // a power of two, at least 2 n
-  int64_t* refused;       // one number, 0
+  uint64_t* claims;      // [2 + claim_count] zeros, not read where n is small
+  uint64_t claim_count;  // a power of two, at least 2 n
+  int64_t* refused;      // one number, 0
   uint32_t is_double;
 };
 
