@@ -3,34 +3,64 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference.squashed_gaussian import squashed_gaussian as reference_gaussian
-from reference.twin_q_loss import twin_q_loss as reference_loss
-from reference.twin_q_target import twin_q_target as reference_target
-from reference.update_targets import update_targets as reference_update
+from reference.squashed_gaussian import squashed_gaussian
+from reference.twin_q_loss import twin_q_loss
+from reference.twin_q_target import twin_q_target
+from reference.update_targets import update_targets
 from torch.autograd import gradcheck, gradgradcheck
 
-from angle_rl import _core, ops
+from angle_rl import _core, fused, ops
 
 DTYPES = [torch.float32, torch.float64]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 SHAPES = {"critics": st.integers(1, 5), "batch": st.integers(1, 70), "seed": st.integers(0, 2**16)}
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def _new_tensors_there(device):
+    with torch.device(device) if device.type == "cuda" else nullcontext():
+        yield
+
+
+everywhere = pytest.mark.usefixtures("_new_tensors_there")
 
 
 def draw(seed, *shape, dtype=torch.float64, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale
+    return values.to(dtype).to(torch.empty(0).device)
+
+
+def numpy(tensor):
+    return tensor.detach().double().cpu().numpy()
+
+
+def of_tensors(reference):
+    """The reference for tensors, also in lists, wherever they lie."""
+
+    def converted(value):
+        if isinstance(value, list):
+            return [converted(each) for each in value]
+        return numpy(value) if torch.is_tensor(value) else value
+
+    return lambda *arguments: reference(*(converted(argument) for argument in arguments))
+
+
+reference_gaussian, reference_loss = of_tensors(squashed_gaussian), of_tensors(twin_q_loss)
+reference_target, reference_update = of_tensors(twin_q_target), of_tensors(update_targets)
 
 
 def close(value, truth, dtype):
-    np.testing.assert_allclose(value.detach().double().numpy(), truth, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    np.testing.assert_allclose(numpy(value), truth, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def loss_inputs(dtype, critics=2, batch=7):
@@ -46,6 +76,7 @@ def gaussian_inputs(dtype, rows=5, columns=3):
 # Against float64 NumPy -------------------------------------------------------------------------------------
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("entropy", [None, 0.3, "tensor"])
 @given(**SHAPES)
@@ -63,6 +94,7 @@ def test_target_equals_the_reference(dtype, entropy, critics, batch, seed):
     close(value, reference_target(rewards, discounts, next_q, log_prob, float(coefficient)), dtype)
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("huber_delta", [None, 0.8])
@@ -84,6 +116,7 @@ def test_loss_and_gradient_equal_the_reference(dtype, weighted, huber_delta, cri
         assert torch.equal(ops.twin_q_loss(q, target, weights, huber_delta=huber_delta)[0], loss)
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("huber_delta", [None, 0.8])
 def test_each_critics_error_has_its_own_weight(dtype, huber_delta):
@@ -101,12 +134,14 @@ def test_each_critics_error_has_its_own_weight(dtype, huber_delta):
         assert gradgradcheck(lambda x, c: ops.twin_q_loss(x, target, weights, critic_weights=c)[0], inputs)
 
 
+@everywhere
 def test_huber_is_torchs():
     q, target, _ = loss_inputs(torch.float64, batch=40)
     expected = sum(torch.nn.functional.huber_loss(row, target, delta=0.7) for row in q)
     torch.testing.assert_close(ops.twin_q_loss(q, target, huber_delta=0.7)[0], expected)
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(rows=st.integers(0, 40), columns=st.sampled_from([1, 2, 3, 6, 17, 513, 1030]), seed=st.integers(0, 2**16))
 @quick
@@ -122,16 +157,17 @@ def test_gaussian_equals_the_reference(dtype, rows, columns, seed):
     assert log_prob.shape == (rows,)
     close(actions, truth[0], dtype)
     scale = {torch.float32: 3e-6, torch.float64: 1e-13}[dtype] * columns * 30  # |terms| reach about 30 each
-    np.testing.assert_allclose(log_prob.double().numpy(), truth[1], atol=scale, rtol=0)
+    np.testing.assert_allclose(numpy(log_prob), truth[1], atol=scale, rtol=0)
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(shapes=st.lists(st.lists(st.integers(0, 20), max_size=3), max_size=6), tau=st.floats(0, 1))
 @quick
 def test_update_targets_equals_the_reference(dtype, shapes, tau):
     targets = [draw(i, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
     online = [draw(100 + i, *shape, dtype=dtype).requires_grad_() for i, shape in enumerate(shapes)]
-    truth = reference_update([t.numpy() for t in targets], [o.detach().numpy() for o in online], tau)
+    truth = reference_update(targets, online, tau)
     before = [target._version for target in targets]
     ops.update_targets(targets, iter(online), tau)
     for target, expected, version in zip(targets, truth, before, strict=True):
@@ -144,9 +180,10 @@ def test_update_targets_equals_the_reference(dtype, shapes, tau):
 def ulps(value, truth):
     """Distance in units of the last place of the float32 nearest to ``truth``."""
     spacing = np.spacing(np.maximum(np.abs(truth).astype(np.float32), np.float32(1.2e-38)))
-    return np.abs(value.double().numpy() - truth) / spacing
+    return np.abs(numpy(value) - truth) / spacing
 
 
+@everywhere
 def test_float32_exponentials_keep_four_units_in_the_last_place():
     u = torch.cat(
         [
@@ -156,37 +193,39 @@ def test_float32_exponentials_keep_four_units_in_the_last_place():
         ]
     )
     zeros = torch.zeros_like(u)
-    actions, log_prob, _ = ops._run_squashed_gaussian(u[:, None], zeros[:, None], zeros[:, None])
-    exact = u.double().numpy()
+    actions, log_prob, _ = fused.run_squashed_gaussian(u[:, None], zeros[:, None], zeros[:, None])
+    exact = numpy(u)
     assert ulps(actions[:, 0], np.tanh(exact)).max() <= 4
     truth = reference_gaussian(exact[:, None], 0 * exact[:, None], 0 * exact[:, None])[1]
-    assert np.abs(log_prob.double().numpy() - truth).max() <= 4 * np.finfo(np.float32).eps * 8
+    assert np.abs(numpy(log_prob) - truth).max() <= 4 * np.finfo(np.float32).eps * 8
     x = torch.linspace(-87.3, 88.7, 300_001)
-    spread = ops._run_squashed_gaussian(torch.zeros_like(x), x, torch.ones_like(x))[2]
-    assert ulps(spread, np.exp(x.double().numpy())).max() <= 4
+    spread = fused.run_squashed_gaussian(torch.zeros_like(x), x, torch.ones_like(x))[2]
+    assert ulps(spread, np.exp(numpy(x))).max() <= 4
     edges = torch.tensor([-200.0, -104.0, -100.0, 88.8, 200.0, -torch.inf, torch.inf])
-    spread = ops._run_squashed_gaussian(torch.zeros_like(edges), edges, torch.ones_like(edges))[2]
+    spread = fused.run_squashed_gaussian(torch.zeros_like(edges), edges, torch.ones_like(edges))[2]
     with np.errstate(over="ignore"):
-        truth = np.exp(edges.double().numpy()).astype(np.float32)
-    np.testing.assert_allclose(spread.numpy(), truth, rtol=1e-6, atol=3e-45)
+        truth = np.exp(numpy(edges)).astype(np.float32)
+    np.testing.assert_allclose(numpy(spread), truth, rtol=1e-6, atol=3e-45)
 
 
+@everywhere
 def test_log_prob_stays_finite_far_out():
     mean = torch.tensor([[60.0], [-60.0], [1e4]], requires_grad=True)
     actions, log_prob = ops.squashed_gaussian(mean, torch.zeros_like(mean), torch.zeros_like(mean))
     log_prob.sum().backward()
     assert actions.abs().max() <= 1
     np.testing.assert_allclose(
-        log_prob.detach().numpy(),
+        numpy(log_prob),
         reference_gaussian(mean.detach(), 0 * mean.detach(), 0 * mean.detach())[1],
         rtol=1e-6,
     )
-    np.testing.assert_allclose(mean.grad.numpy(), [[2.0], [-2.0], [2.0]])
+    np.testing.assert_allclose(numpy(mean.grad), [[2.0], [-2.0], [2.0]])
 
 
 # Derivatives -----------------------------------------------------------------------------------------------
 
 
+@everywhere
 @pytest.mark.parametrize("huber_delta", [None, 0.8])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("constants", [False, True])
@@ -199,6 +238,7 @@ def test_loss_derivatives(huber_delta, weighted, constants):
     assert gradgradcheck(lambda *a: ops.twin_q_loss(*a, huber_delta=huber_delta)[0], inputs)
 
 
+@everywhere
 @pytest.mark.parametrize("with_noise", [False, True])
 def test_gaussian_derivatives(with_noise):
     mean, log_std, noise = gaussian_inputs(torch.float64)
@@ -209,6 +249,7 @@ def test_gaussian_derivatives(with_noise):
     assert gradcheck(lambda *a: ops.squashed_gaussian(*a)[1], (mean, log_std, noise))
 
 
+@everywhere
 def test_target_derivatives():
     inputs = [draw(i, *shape).requires_grad_() for i, shape in enumerate([(6,), (6,), (3, 6), (6,), ()])]
     assert gradcheck(ops.twin_q_target, inputs)
@@ -217,11 +258,12 @@ def test_target_derivatives():
         assert not ops.twin_q_target(*inputs).requires_grad
     close(
         ops.twin_q_target(*inputs),
-        reference_target(*(tensor.detach().numpy() for tensor in inputs)),
+        reference_target(*inputs),
         torch.float64,
     )
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_second_derivative_through_an_update_equals_plain_torch(dtype):
     def outer(loss_of):
@@ -234,6 +276,7 @@ def test_second_derivative_through_an_update_equals_plain_torch(dtype):
     torch.testing.assert_close(fused, plain)
 
 
+@everywhere
 def test_half_precision_and_strides_and_transforms():
     q, target, weights = loss_inputs(torch.float64, batch=64)
     truth = reference_loss(q.detach(), target, weights)
@@ -251,17 +294,17 @@ def test_half_precision_and_strides_and_transforms():
     assert meta[1].shape == (64,)
 
 
+@everywhere
 def test_update_targets_other_layouts():
     targets = [draw(1, 4, 3).t(), draw(2, 5, dtype=torch.bfloat16), draw(3, 2, dtype=torch.float32)]
     online = [draw(4, 4, 3).t(), draw(5, 5, dtype=torch.bfloat16), draw(6, 4, dtype=torch.float32)[::2]]
-    truth = reference_update([t.double() for t in targets], [o.double() for o in online], 0.25)
+    truth = reference_update(targets, online, 0.25)
     ops.update_targets(targets, online, 0.25)
     for target, expected in zip(targets, truth, strict=True):
-        np.testing.assert_allclose(
-            target.double().numpy(), expected, rtol=1e-2 if target.dtype == torch.bfloat16 else 1e-6
-        )
+        np.testing.assert_allclose(numpy(target), expected, rtol=1e-2 if target.dtype == torch.bfloat16 else 1e-6)
 
 
+@everywhere
 def test_update_targets_guards_saved_values():
     target = torch.ones(3, requires_grad=True)
     loss = target.square().sum()
@@ -270,6 +313,7 @@ def test_update_targets_guards_saved_values():
         loss.backward()
 
 
+@everywhere
 def test_nan_goes_through():
     nan = float("nan")
     for dtype in DTYPES:
@@ -300,20 +344,24 @@ def test_nan_goes_through():
 # torch.compile ---------------------------------------------------------------------------------------------
 
 
+@everywhere
 def test_operators_pass_opcheck():
     for dtype in DTYPES:
         q, target, weights = loss_inputs(dtype)
         for delta in (None, 0.5):
-            torch.library.opcheck(ops._twin_q_loss_op, (q, target, weights, delta))
-            torch.library.opcheck(ops._twin_q_loss_op, (q, target, None, delta))
-        torch.library.opcheck(ops._squashed_gaussian_op, gaussian_inputs(dtype))
+            torch.library.opcheck(fused.twin_q_loss_op, (q, target, weights, delta))
+            torch.library.opcheck(fused.twin_q_loss_op, (q, target, None, delta))
+        torch.library.opcheck(fused.squashed_gaussian_op, gaussian_inputs(dtype))
         coefficient = torch.tensor(0.2)
-        torch.library.opcheck(ops._twin_q_target_op, (target, weights, q.detach(), target, coefficient))
-        torch.library.opcheck(ops._twin_q_target_op, (target, weights, q.detach(), None, coefficient))
+        torch.library.opcheck(fused.twin_q_target_op, (target, weights, q.detach(), target, coefficient))
+        torch.library.opcheck(fused.twin_q_target_op, (target, weights, q.detach(), None, coefficient))
         pairs = [draw(i, 3, i + 1, dtype=dtype) for i in range(4)]
-        torch.library.opcheck(ops._update_targets_op, (pairs[:1] + pairs[2:3], [pairs[1][:, :1], pairs[3][:, :3]], 0.5))
+        torch.library.opcheck(
+            fused.update_targets_op, (pairs[:1] + pairs[2:3], [pairs[1][:, :1], pairs[3][:, :3]], 0.5)
+        )
 
 
+@everywhere
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [("aot_eager", torch.float32), ("aot_eager", torch.float64), ("inductor", torch.float32)],
@@ -341,6 +389,7 @@ def test_compiled_graph_gives_the_same_numbers(backend, dtype):
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
 
 
+@everywhere
 def test_compiled_target_takes_numbers():
     target = torch.compile(ops.twin_q_target, fullgraph=True, backend="aot_eager")
     next_q, rewards, log_prob = draw(1, 2, 9), draw(2, 9), draw(3, 9)
@@ -353,7 +402,7 @@ def test_compiled_target_takes_numbers():
 
 ON_ONE_ISA = """
 import sys, numpy as np, torch
-from angle_rl import _core, ops
+from angle_rl import _core, fused, ops
 rng = np.random.default_rng(0)
 out = {"isa": np.array(_core.isa())}
 for name, dtype in (("f32", torch.float32), ("f64", torch.float64)):

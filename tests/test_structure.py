@@ -25,6 +25,7 @@ FLOORS = [
     ["device"],
     ["spaces"],
     ["schema", "replay"],
+    ["fused"],
     ["ops"],
     ["acting", "models", "encoders"],
     ["function_feed"],
@@ -118,18 +119,20 @@ def test_native_files_include_only_from_below():
     assert checked > 10
 
 
-def test_the_stub_matches_the_extension(tmp_path):
+@pytest.mark.parametrize("module", ["_core", "_cuda_host"])
+def test_the_stub_matches_the_extension(module, tmp_path):
+    name = f"angle_rl.{module}"
     subprocess.run(
-        [sys.executable, "-m", "pybind11_stubgen", "angle_rl._core", "-o", str(tmp_path), "--numpy-array-use-type-var"],
+        [sys.executable, "-m", "pybind11_stubgen", name, "-o", str(tmp_path), "--numpy-array-use-type-var"],
         check=True,
         capture_output=True,
     )
     committed, fresh = (
-        ast.dump(ast.parse(path.read_text())) for path in (PACKAGE / "_core.pyi", tmp_path / "angle_rl" / "_core.pyi")
+        ast.dump(ast.parse((folder / f"{module}.pyi").read_text())) for folder in (PACKAGE, tmp_path / "angle_rl")
     )
     assert committed == fresh, (
-        "python/angle_rl/_core.pyi is stale; regenerate it with "
-        "pybind11-stubgen angle_rl._core -o python --numpy-array-use-type-var"
+        f"python/angle_rl/{module}.pyi is stale; regenerate it with "
+        f"pybind11-stubgen {name} -o python --numpy-array-use-type-var"
     )
 
 

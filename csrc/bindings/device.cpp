@@ -10,4 +10,6 @@ PYBIND11_MODULE(ANGLE_DEVICE_MODULE, m) {
   m.doc() = "Device kernels of angle_rl. Use them through angle_rl.replay and angle_rl.ops.";
   m.attr("__version__") = ANGLE_VERSION;
   angle::bind_device_replay(m);
+  angle::bind_device_ops(m);
+  angle::bind_device_random(m);
 }

@@ -9,6 +9,8 @@
 namespace angle {
 
 void bind_device_replay(pybind11::module_& m);
+void bind_device_ops(pybind11::module_& m);
+void bind_device_random(pybind11::module_& m);
 
 // Throws std::runtime_error, naming the kernel, where the device refused its launch.
 inline void check_launch(int code, const char* kernel) {

@@ -1,6 +1,7 @@
 // The device replay's launches for Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/typing.h>
 
 #include <algorithm>
 #include <cstring>
@@ -178,8 +179,8 @@ void bind_device_replay(py::module_& m) {
   m.attr("FLAG_WORDS") = sizeof(ReplayFlags) / sizeof(uint64_t);
   m.def("first_scratch", &first_scratch, py::arg("bucket_priorities"));
   py::class_<DeviceReplay>(m, "Replay", "Launches the replay's kernels. angle_rl.replay is its public face.")
-      .def(py::init<const py::dict&, uintptr_t, uintptr_t, uintptr_t>(), py::arg("layout"), py::arg("segment"),
-           py::arg("scratch"), py::arg("flags"))
+      .def(py::init<const py::typing::Dict<py::str, py::object>&, uintptr_t, uintptr_t, uintptr_t>(), py::arg("layout"),
+           py::arg("segment"), py::arg("scratch"), py::arg("flags"))
       .def("insert", &DeviceReplay::insert, py::arg("columns"), py::arg("n"), py::arg("first_ticket"),
            py::arg("terminated"), py::arg("truncated"), py::arg("streams"), py::arg("next"), py::arg("last"),
            py::arg("priorities"), py::arg("check_rewards"), py::arg("stream"))

@@ -1,6 +1,8 @@
 // The launchers, the same for a device and for the host. Included by kernels.cu and kernels_host.cpp.
 #pragma once
+#include "cuda/ops.inl"
 #include "cuda/portable.h"
+#include "cuda/random.inl"
 #include "cuda/replay.inl"
 
 namespace angle::device {
@@ -32,6 +34,56 @@ int angle_replay_remove(const RemoveParams* p, void* stream) { return launch<Rem
 
 int angle_replay_reweigh(const ReweighParams* p, void* stream) {
   return launch<ReweighRows>(*p, blocks_for(p->view.capacity, ReweighRows::kRows), stream);
+}
+
+int angle_op_twin_q_target(const TwinTargetParams* p, void* stream) {
+  const uint64_t blocks = blocks_for(p->batch, TwinTargetRows<float>::kThreads);
+  return p->wide != 0 ? launch<TwinTargetRows<double>>(*p, blocks, stream)
+                      : launch<TwinTargetRows<float>>(*p, blocks, stream);
+}
+
+int angle_op_twin_q_loss(const TwinLossParams* p, void* stream) {
+  const uint64_t blocks = blocks_for(p->batch, kLossRows);
+  const int code =
+      p->wide != 0 ? launch<TwinLossRows<double>>(*p, blocks, stream) : launch<TwinLossRows<float>>(*p, blocks, stream);
+  return code != 0 || blocks == 1 ? code : launch<AddLoss>(*p, 1, stream);
+}
+
+int angle_op_squashed_gaussian(const SquashedGaussianParams* p, void* stream) {
+  const uint64_t rows = SquashedGaussianRows<float>::kThreads / lanes_a_row(p->columns);
+  const uint64_t blocks = blocks_for(p->rows, rows);
+  return p->wide != 0 ? launch<SquashedGaussianRows<double>>(*p, blocks, stream)
+                      : launch<SquashedGaussianRows<float>>(*p, blocks, stream);
+}
+
+int angle_op_squashed_gaussian_gradient(const SquashedGaussianGradientParams* p, void* stream) {
+  const uint64_t blocks = blocks_for(p->rows * p->columns, SquashedGaussianGradients<float>::kThreads);
+  return p->wide != 0 ? launch<SquashedGaussianGradients<double>>(*p, blocks, stream)
+                      : launch<SquashedGaussianGradients<float>>(*p, blocks, stream);
+}
+
+int angle_op_update_targets(const UpdateTargetsParams* p, void* stream) {
+  const uint64_t blocks = p->first_block[p->tensors];
+  switch (p->kind) {
+    case Number::kFloat:
+      return launch<UpdateTargets<AsFloat>>(*p, blocks, stream);
+    case Number::kDouble:
+      return launch<UpdateTargets<AsDouble>>(*p, blocks, stream);
+    default:
+      return launch<UpdateTargets<AsBfloat16>>(*p, blocks, stream);
+  }
+}
+
+int angle_random_normals_f32(const DrawParams* p, void* stream) {
+  return launch<Draw<float, kNormal>>(*p, blocks_for(p->n, 2 * Draw<float, kNormal>::kThreads), stream);
+}
+
+int angle_random_normals_f64(const DrawParams* p, void* stream) {
+  return launch<Draw<double, kNormal>>(*p, blocks_for(p->n, 2 * Draw<double, kNormal>::kThreads), stream);
+}
+
+int angle_random_uniforms(const DrawParams* p, void* stream) {
+  return launch<Draw<double, kUniform>>(*p, blocks_for(p->n, 2 * Draw<double, kUniform>::kThreads), stream);
 }
 
 const char* angle_device_error(int code) { return error_text(code); }

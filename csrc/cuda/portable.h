@@ -6,7 +6,8 @@
 // Its body is a row of phases, block.each_thread(f) and block.each_warp(f), each followed by a barrier. On the device f
 // runs once, for the calling thread or warp; on the host for all of them in turn. So nothing but Shared may pass from
 // one phase to the next. Within a warp, warp.each(f) runs f for each lane; what lanes keep lives in Lanes<T>, which is
-// one register on the device and 32 values on the host; scan, ballot, sum, least and broadcast work across the lanes.
+// one register on the device and 32 values on the host; scan, ballot, sum, sums_of, least and broadcast work across the
+// lanes.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -113,6 +114,15 @@ class Warp {
     for (int step = kLanes / 2; step > 0; step /= 2) total += __shfl_xor_sync(kAll, total, step);
     return total;
   }
+  // The same over each group of `width` lanes, a power of two, for all lanes of it.
+  template <class T>
+  ANGLE_DEVICE Lanes<T> sums_of(const Lanes<T>& values, uint32_t width) const {
+    Lanes<T> sums = values;
+    for (int step = static_cast<int>(width) / 2; step > 0; step /= 2) {
+      sums[0] += __shfl_xor_sync(kAll, sums[0], step);
+    }
+    return sums;
+  }
   template <class T>
   ANGLE_DEVICE T least(const Lanes<T>& values) const {
     T found = values[0];
@@ -183,13 +193,17 @@ class Warp {
   }
   template <class T>
   T sum(const Lanes<T>& values) const {
+    return sums_of(values, kLanes)[0];
+  }
+  template <class T>
+  Lanes<T> sums_of(const Lanes<T>& values, uint32_t width) const {
     // In the device's order, so that sums of floats are the same.
     Lanes<T> partial = values;
-    for (int step = kLanes / 2; step > 0; step /= 2) {
+    for (int step = static_cast<int>(width) / 2; step > 0; step /= 2) {
       const Lanes<T> before = partial;
       for (int lane = 0; lane < kLanes; ++lane) partial[lane] = before[lane] + before[lane ^ step];
     }
-    return partial[0];
+    return partial;
   }
   template <class T>
   T least(const Lanes<T>& values) const {

@@ -5,12 +5,11 @@
 #include "core/counts.h"
 #include "core/layout.h"
 #include "core/philox.h"
+#include "cuda/arithmetic.h"
 #include "cuda/portable.h"
 #include "cuda/replay_params.h"
 
 namespace angle::device {
-
-#include "kernels/weights.inl"
 
 // ---- where things are ----
 

@@ -16,7 +16,10 @@
 namespace angle::ANGLE_ISA_NAME {
 namespace {
 // clang-format off: each uses what stands above it.
+#include "kernels/bits.inl"
+#include "kernels/exponentials.inl"
 #include "kernels/ops.inl"
+#include "kernels/normals.inl"
 #include "kernels/random.inl"
 #include "kernels/weights.inl"
 #include "kernels/replay.inl"

@@ -1,20 +1,5 @@
 // From priorities to weights, one number at a time: fixed float64 arithmetic, equal to the last bit on every ISA and
-// device. ANGLE_KERNEL_FUNCTION says how such a function is declared where this is compiled.
-#if !defined(ANGLE_KERNEL_FUNCTION)
-#define ANGLE_KERNEL_FUNCTION __attribute__((always_inline)) inline
-#endif
-
-ANGLE_KERNEL_FUNCTION double as_double(uint64_t bits) {
-  double value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-ANGLE_KERNEL_FUNCTION uint64_t as_bits(double value) {
-  uint64_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
+// device. Needs bits.inl.
 
 // log2 by the series of atanh on [sqrt(1/2), sqrt(2)), then exp2 by Taylor's on [-1/2, 1/2]: only additions,
 // multiplications, one division and shifts of bits, in a fixed order (by halves: short chains), so that every ISA and

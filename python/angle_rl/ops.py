@@ -1,9 +1,11 @@
 """Fused operations of an actor-critic update, with autograd and ``torch.compile`` support.
 
 Dense CPU tensors of float32 or float64 go to the compiled kernels (one pass over the data; other strides are
-copied first). Other devices, half-precision types, tensor subclasses and ``torch.func`` transforms take the
-same formula in plain torch. Every operation is differentiable any number of times. Tensors of one call share
-one device and one dtype; only float32, bfloat16 and float16 may meet, and promote as in torch.
+copied first), and so do CUDA tensors of float32 and bfloat16, together or apart, or of float64, where this build has
+kernels for CUDA devices: one launch on torch's current stream, which waits for nothing and can be captured in a graph.
+Other devices and types, tensor subclasses and ``torch.func`` transforms take the same formula in plain torch. Every
+operation is differentiable any number of times. Tensors of one call share one device and one dtype; only float32,
+bfloat16 and float16 may meet, and promote as in torch (the CUDA kernels calculate in float32 then).
 
 Any thread may call; two threads must not write the same tensor.
 """
@@ -12,23 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import partial
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from angle_rl import _core
+from angle_rl import fused
 
 __all__ = ["squashed_gaussian", "twin_q_loss", "twin_q_target", "update_targets"]
-
-Three: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 _LOG_2 = math.log(2.0)
 _HALF_LOG_2_PI = 0.5 * math.log(2.0 * math.pi)
 _MIXABLE = {torch.float32, torch.bfloat16, torch.float16}
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def twin_q_target(
@@ -48,7 +45,8 @@ def twin_q_target(
         discounts: ``[batch]``, the factor of the bootstrap value: ``discount**steps * (1 - terminated)``.
         next_q: ``[critics, batch]``, at least one critic.
         next_log_prob: ``[batch]``, or None for no entropy term.
-        entropy_coefficient: a number or a tensor of one element; read only with ``next_log_prob``.
+        entropy_coefficient: a number or a tensor of one element; read only with ``next_log_prob``. On the other
+            tensors' CUDA device it is read there, when the kernel runs.
 
     Returns:
         ``[batch]``. Differentiable in every argument; carries no gradient under ``torch.no_grad()``.
@@ -75,14 +73,14 @@ def twin_q_target(
         any(tensor.requires_grad for tensor in tensors)
         or (isinstance(entropy_coefficient, Tensor) and entropy_coefficient.requires_grad)
     )
-    if differentiable or not _has_kernel(*tensors):
+    if differentiable or not fused.has_kernel(*tensors):
         return _twin_q_target_formula(rewards, discounts, next_q, next_log_prob, entropy_coefficient)
     if torch.compiler.is_compiling():
         if not isinstance(entropy_coefficient, Tensor):
-            entropy_coefficient = torch.full((), entropy_coefficient, dtype=torch.float64)
-        target: Tensor = _twin_q_target_op(rewards, discounts, next_q, next_log_prob, entropy_coefficient)
+            entropy_coefficient = torch.full((), entropy_coefficient, dtype=torch.float64, device=next_q.device)
+        target: Tensor = fused.twin_q_target_op(rewards, discounts, next_q, next_log_prob, entropy_coefficient)
         return target
-    return _run_twin_q_target(rewards, discounts, next_q, next_log_prob, entropy_coefficient)
+    return fused.run_twin_q_target(rewards, discounts, next_q, next_log_prob, entropy_coefficient)
 
 
 def twin_q_loss(
@@ -131,12 +129,12 @@ def twin_q_loss(
             raise ValueError(f"critic_weights has shape {_shape(critic_weights)}; it must be {list(q.shape[:1])}")
     grad_enabled = torch.is_grad_enabled()
     plain = critic_weights is not None or (grad_enabled and any(tensor.requires_grad for tensor in constants))
-    if plain or not _has_kernel(q, *constants):
+    if plain or not fused.has_kernel(q, *constants):
         return _twin_q_loss_formula(q, td_target, importance_weights, huber_delta, critic_weights)
     if torch.compiler.is_compiling():
-        loss, td_error, _ = _twin_q_loss_op(q, td_target, importance_weights, huber_delta)
+        loss, td_error, _ = fused.twin_q_loss_op(q, td_target, importance_weights, huber_delta)
         return loss, td_error.detach()
-    run = _TwinQLoss.apply if grad_enabled and q.requires_grad else _run_twin_q_loss
+    run = fused.TwinQLoss.apply if grad_enabled and q.requires_grad else fused.run_twin_q_loss
     loss, td_error, _ = run(q, td_target, importance_weights, huber_delta)
     return loss, td_error
 
@@ -165,13 +163,13 @@ def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Ten
     _check("log_std", log_std, mean.shape, "mean", mean)
     _check("noise", noise, mean.shape, "mean", mean)
     grad_enabled = torch.is_grad_enabled()
-    if (grad_enabled and noise.requires_grad) or not _has_kernel(mean, log_std, noise):
+    if (grad_enabled and noise.requires_grad) or not fused.has_kernel(mean, log_std, noise):
         return _squashed_gaussian_formula(mean, log_std, noise)
     if torch.compiler.is_compiling():
-        actions, log_prob, _ = _squashed_gaussian_op(mean, log_std, noise)
+        actions, log_prob, _ = fused.squashed_gaussian_op(mean, log_std, noise)
         return actions, log_prob
     differentiable = grad_enabled and (mean.requires_grad or log_std.requires_grad)
-    run = _SquashedGaussian.apply if differentiable else _run_squashed_gaussian
+    run = fused.SquashedGaussian.apply if differentiable else fused.run_squashed_gaussian
     actions, log_prob, _ = run(mean, log_std, noise)
     return actions, log_prob
 
@@ -194,12 +192,12 @@ def update_targets(targets: Iterable[Tensor], online: Iterable[Tensor], tau: flo
         raise ValueError(f"tau is {tau}; it must lie in [0, 1]")
     if len(targets) != len(online):
         raise ValueError(f"targets holds {len(targets)} tensors and online {len(online)}; they must pair up")
-    if _has_pairs_kernel(targets, online):
+    if fused.has_pairs_kernel(targets, online):
         with torch.no_grad():
             if torch.compiler.is_compiling():
-                _update_targets_op(targets, online, tau)
+                fused.update_targets_op(targets, online, tau)
             else:
-                _run_update_targets(targets, online, tau)
+                fused.run_update_targets(targets, online, tau)
                 for target in targets:
                     increment_version(target)
         return
@@ -243,30 +241,6 @@ def _check_pair(index: int, target: Tensor, source: Tensor) -> None:
     _check(f"online[{index}]", source, target.shape, f"targets[{index}]", target)
     if source.dtype != target.dtype:
         raise TypeError(f"online[{index}] has dtype {source.dtype}; it must be {target.dtype}, as its target is")
-
-
-def _has_kernel(first: Tensor, *others: Tensor) -> bool:
-    """Whether the compiled kernels can read these tensors: ordinary CPU memory of one supported dtype."""
-    dtype = first.dtype
-    if (dtype != torch.float32 and dtype != torch.float64) or not first.is_cpu:
-        return False
-    if any(tensor.dtype != dtype or not tensor.is_cpu for tensor in others):
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    if torch._C._are_functorch_transforms_active():
-        return False
-    return type(first) in _PLAIN_TYPES and all(type(tensor) in _PLAIN_TYPES for tensor in others)
-
-
-def _has_pairs_kernel(targets: list[Tensor], online: list[Tensor]) -> bool:
-    """Whether these are well-formed pairs that the kernel can work on where they lie, all of one dtype."""
-    for target, source in zip(targets, online, strict=True):
-        if not isinstance(target, Tensor) or not isinstance(source, Tensor) or target.shape != source.shape:
-            return False
-        if not target.is_contiguous() or not source.is_contiguous():
-            return False
-    return bool(targets) and _has_kernel(*targets, *online)
 
 
 # Plain torch ------------------------------------------------------------------------------------------------
@@ -314,207 +288,3 @@ def _squashed_gaussian_formula(mean: Tensor, log_std: Tensor, noise: Tensor) -> 
     correction = 2.0 * (_LOG_2 - u - torch.nn.functional.softplus(-2.0 * u))
     log_prob = -0.5 * noise.square() - log_std - _HALF_LOG_2_PI - correction
     return u.tanh(), log_prob.sum(-1)
-
-
-# Compiled kernels: fresh outputs, no autograd ---------------------------------------------------------------
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _run_twin_q_target(
-    rewards: Tensor,
-    discounts: Tensor,
-    next_q: Tensor,
-    next_log_prob: Tensor | None,
-    entropy_coefficient: float | Tensor,
-) -> Tensor:
-    rewards, discounts, next_q = rewards.contiguous(), discounts.contiguous(), next_q.contiguous()
-    next_log_prob = None if next_log_prob is None else next_log_prob.contiguous()
-    critics, batch = next_q.shape
-    td_target = next_q.new_empty(batch)
-    kernel = _core.twin_q_target_f32 if next_q.dtype == torch.float32 else _core.twin_q_target_f64
-    inputs = rewards.data_ptr(), discounts.data_ptr(), next_q.data_ptr(), _address(next_log_prob)
-    kernel(*inputs, float(entropy_coefficient), td_target.data_ptr(), critics, batch)
-    return td_target
-
-
-def _run_twin_q_loss(
-    q: Tensor, td_target: Tensor, importance_weights: Tensor | None, huber_delta: float | None
-) -> Three:
-    """The loss, the td error, and the gradient of the loss by ``q``."""
-    q, td_target = q.contiguous(), td_target.contiguous()
-    importance_weights = None if importance_weights is None else importance_weights.contiguous()
-    critics, batch = q.shape
-    loss, td_error, gradient = q.new_empty(()), q.new_empty(batch), q.new_empty((critics, batch))
-    kernel = _core.twin_q_loss_f32 if q.dtype == torch.float32 else _core.twin_q_loss_f64
-    inputs = q.data_ptr(), td_target.data_ptr(), _address(importance_weights)
-    outputs = loss.data_ptr(), td_error.data_ptr(), gradient.data_ptr()
-    kernel(*inputs, 0.0 if huber_delta is None else huber_delta, *outputs, critics, batch)
-    return loss, td_error, gradient
-
-
-def _run_squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> Three:
-    """The actions, their log-density, and ``spread = exp(log_std) * noise``."""
-    mean, log_std, noise = mean.contiguous(), log_std.contiguous(), noise.contiguous()
-    shape = mean.shape
-    columns = shape[-1]
-    actions, log_prob, spread = mean.new_empty(shape), mean.new_empty(shape[:-1]), mean.new_empty(shape)
-    kernel = _core.squashed_gaussian_f32 if mean.dtype == torch.float32 else _core.squashed_gaussian_f64
-    inputs = mean.data_ptr(), log_std.data_ptr(), noise.data_ptr()
-    outputs = actions.data_ptr(), spread.data_ptr(), log_prob.data_ptr()
-    kernel(*inputs, *outputs, mean.numel() // columns, columns)
-    return actions, log_prob, spread
-
-
-def _run_squashed_gaussian_gradient(
-    actions_gradient: Tensor | None, log_prob_gradient: Tensor | None, actions: Tensor, spread: Tensor
-) -> tuple[Tensor, Tensor]:
-    actions_gradient = None if actions_gradient is None else actions_gradient.contiguous()
-    log_prob_gradient = None if log_prob_gradient is None else log_prob_gradient.contiguous()
-    columns = actions.shape[-1]
-    by_mean, by_log_std = torch.empty_like(actions), torch.empty_like(actions)
-    single = actions.dtype == torch.float32
-    kernel = _core.squashed_gaussian_gradient_f32 if single else _core.squashed_gaussian_gradient_f64
-    inputs = _address(actions_gradient), _address(log_prob_gradient), actions.data_ptr(), spread.data_ptr()
-    kernel(*inputs, by_mean.data_ptr(), by_log_std.data_ptr(), actions.numel() // columns, columns)
-    return by_mean, by_log_std
-
-
-def _run_update_targets(targets: list[Tensor], online: list[Tensor], tau: float) -> None:
-    kernel = _core.update_targets_f32 if targets[0].dtype == torch.float32 else _core.update_targets_f64
-    addresses = [tensor.data_ptr() for tensor in targets], [tensor.data_ptr() for tensor in online]
-    kernel(*addresses, [tensor.numel() for tensor in targets], tau)
-
-
-# Autograd: a backward pass in plain torch on outputs of the forward pass can be differentiated again ------
-
-
-def _save_twin_q_loss(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-    q, td_target, importance_weights, huber_delta = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    # Only the second derivative reads q and td_target, and only under Huber's error.
-    huber = (q, td_target) if huber_delta is not None else (None, None)
-    ctx.save_for_backward(output[2], importance_weights, *huber)
-    ctx.huber_delta = huber_delta
-
-
-def _twin_q_loss_backward(
-    ctx: Any, loss_gradient: Tensor | None, _: Tensor | None, q_gradient_gradient: Tensor | None
-) -> tuple[Tensor | None, None, None, None]:
-    q_gradient, importance_weights, q, td_target = ctx.saved_tensors
-    result = None if loss_gradient is None else loss_gradient * q_gradient
-    if q_gradient_gradient is not None:
-        batch = q_gradient.shape[1]
-        if ctx.huber_delta is None:
-            curved = q_gradient_gradient * (2.0 / batch)
-        else:
-            curved = q_gradient_gradient * ((q - td_target).detach().abs() <= ctx.huber_delta) / batch
-        if importance_weights is not None:
-            curved = curved * importance_weights
-        result = curved if result is None else result + curved
-    return result, None, None, None
-
-
-class _TwinQLoss(torch.autograd.Function):
-    """Differentiable in ``q``; the third output is the first derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Three:
-        output = _run_twin_q_loss(*inputs)
-        _save_twin_q_loss(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        return _twin_q_loss_backward(ctx, *gradients)
-
-
-def _save_squashed_gaussian(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0], output[2])
-
-
-def _squashed_gaussian_backward(
-    ctx: Any,
-    actions_gradient: Tensor | None,
-    log_prob_gradient: Tensor | None,
-    spread_gradient: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, None]:
-    actions, spread = ctx.saved_tensors
-    by_mean = by_log_std = None
-    if actions_gradient is not None:
-        by_mean = actions_gradient * (1.0 - actions.square())
-    if log_prob_gradient is not None:
-        by_density = log_prob_gradient.unsqueeze(-1)
-        through_actions = 2.0 * actions * by_density
-        by_mean = through_actions if by_mean is None else by_mean + through_actions
-    if by_mean is not None:
-        by_log_std = by_mean * spread
-        if log_prob_gradient is not None:
-            by_log_std = by_log_std - by_density
-    if spread_gradient is not None:
-        through_spread = spread_gradient * spread
-        by_log_std = through_spread if by_log_std is None else by_log_std + through_spread
-    return by_mean, by_log_std, None
-
-
-class _SquashedGaussian(torch.autograd.Function):
-    """Differentiable in ``mean`` and ``log_std``; the third output is the spread."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Three:
-        output = _run_squashed_gaussian(*inputs)
-        _save_squashed_gaussian(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        if torch.is_grad_enabled() or gradients[2] is not None:
-            return _squashed_gaussian_backward(ctx, *gradients)
-        actions, spread = ctx.saved_tensors
-        return *_run_squashed_gaussian_gradient(gradients[0], gradients[1], actions, spread), None
-
-
-# torch.compile: the same kernels as operators --------------------------------------------------------------
-
-
-_operator: Any = partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
-_twin_q_target_op = _operator(
-    "angle_rl::twin_q_target",
-    _run_twin_q_target,
-    schema="(Tensor rewards, Tensor discounts, Tensor next_q, Tensor? next_log_prob,"
-    " Tensor entropy_coefficient) -> Tensor",
-)
-_twin_q_loss_op = _operator(
-    "angle_rl::twin_q_loss",
-    _run_twin_q_loss,
-    schema="(Tensor q, Tensor td_target, Tensor? importance_weights, float? huber_delta) -> (Tensor, Tensor, Tensor)",
-)
-_squashed_gaussian_op = _operator(
-    "angle_rl::squashed_gaussian",
-    _run_squashed_gaussian,
-    schema="(Tensor mean, Tensor log_std, Tensor noise) -> (Tensor, Tensor, Tensor)",
-)
-_update_targets_op = _operator(
-    "angle_rl::update_targets",
-    _run_update_targets,
-    mutates_args=("targets",),
-    schema="(Tensor(a!)[] targets, Tensor[] online, float tau) -> ()",
-)
-
-_twin_q_target_op.register_fake(lambda _r, _d, next_q, *_: next_q.new_empty(next_q.shape[1]))
-_twin_q_loss_op.register_fake(
-    lambda q, *_: (q.new_empty(()), q.new_empty(q.shape[1]), q.new_empty(q.shape)),
-)
-_squashed_gaussian_op.register_fake(
-    lambda mean, *_: (
-        mean.new_empty(mean.shape),
-        mean.new_empty(mean.shape[:-1]),
-        mean.new_empty(mean.shape),
-    ),
-)
-_twin_q_loss_op.register_autograd(_twin_q_loss_backward, setup_context=_save_twin_q_loss)
-_squashed_gaussian_op.register_autograd(_squashed_gaussian_backward, setup_context=_save_squashed_gaussian)

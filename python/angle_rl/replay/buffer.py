@@ -294,8 +294,8 @@ class ReplayBuffer:
         return self._core.nbytes
 
     def refresh(self) -> None:
-        """Before a captured graph of draws and updates is launched: its draws read the discount and the importance exponent
-        as they are now, it comes after earlier calls, and what the device has refused is raised.
+        """Before a captured graph of draws and updates is launched: its draws read the discount and the importance
+        exponent as they are now, it comes after earlier calls, and what the device has refused is raised.
         """
         _, _, discount, exponent, _ = self._sample_arguments(1)
         self._core.refresh(discount, exponent)
