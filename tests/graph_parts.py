@@ -1,0 +1,131 @@
+"""A replay that keeps to the graph engine's contract in the host's memory, and agents beside each other."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from engine_parts import NAMES, made, spec_of
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from angle_rl.agents import DQN
+from angle_rl.engines import CudaGraphEngine
+from angle_rl.replay import PrioritizedReplayBuffer
+from angle_rl.types import RandomKey
+
+
+@contextmanager
+def as_a_kernel():
+    """Inside, no mode of torch's looks on: as a kernel would work."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
+class ResidentReplay(PrioritizedReplayBuffer):
+    """Stands in for a replay whose rows are on the device."""
+
+    resident = True
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.refreshed = 0
+        self.drawn = 0
+
+    def refresh(self):
+        self.refreshed += 1
+
+    def launched(self, samples):
+        self.drawn += samples
+
+    def sample(self, *args, **options):
+        with as_a_kernel():
+            return super().sample(*args, **options)
+
+    def update_priorities(self, handles, td_errors, where=None):
+        with as_a_kernel():
+            if where is not None and not where.item():
+                return torch.zeros((), dtype=torch.int64)
+            return torch.tensor(super().update_priorities(handles, td_errors))
+
+
+class Learner:
+    """An agent whose updates a test calls for."""
+
+    def __init__(self, kind, engine, **options):
+        self.agent, self.state = made(kind, buffer=ResidentReplay, **options)
+        self.kind = next(base for base in kind.__mro__ if base in NAMES)
+        if engine == "graph":
+            self.state.engine = engine_of(self)
+
+    def take(self, first, policy_steps, copies=False):
+        """One call, an update for each entry of `policy_steps`, with keys from `first` on."""
+        steps = [0 if self.kind is DQN else n for n in policy_steps]
+        calls = [(RandomKey(first + index), n, copies) for index, n in enumerate(steps)]
+        return list(self.state.engine.update_many(calls))
+
+    def tensors(self):
+        """All that updates change, by name; priorities by handle."""
+        tensors, _ = self.agent.export_state(self.state)
+        found = {name: tensor.double().clone() for name, tensor in tensors.items() if not name.startswith("replay.")}
+        rows = self.state.replay.export_arrays()
+        found |= {name: torch.from_numpy(rows[name]).double() for name in ("handles", "priorities")}
+        if getattr(self.state, "entropy_coefficient", None) is not None:
+            found["entropy_coefficient"] = self.state.entropy_coefficient.double().clone()
+        return found
+
+
+def engine_of(learner, **options):
+    """The graph engine of a learner, which takes its steps one by one."""
+    parts = learner.agent._update_parts(learner.state)
+    return CudaGraphEngine(spec_of(learner.agent, learner.state), parts, **{"capture": False} | options)
+
+
+def pair(kind, **options):
+    """The same learner on the torch engine and on the graph engine."""
+    return Learner(kind, "torch", **options), Learner(kind, "graph", **options)
+
+
+def assert_beside(reference, graph, rtol=1e-6):
+    """Each tensor within `rtol` of the other's, as a share of its largest entry."""
+    expected, found = reference.tensors(), graph.tensors()
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        largest = tensor.abs().max().item() if tensor.numel() else 0.0
+        torch.testing.assert_close(
+            found[name],
+            tensor,
+            rtol=rtol,
+            atol=rtol * max(largest, 1e-30),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+WAITING = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2"}
+"""Operations whose result, or its shape, the host waits for"""
+
+READING = {"item", "tolist", "numpy", "cpu", "nonzero", "equal", "allclose", "is_nonzero", "__bool__", "__float__"}
+READING |= {"__int__", "__index__", "__array__", "__contains__", "masked_select", "unique", "argwhere"}
+"""Functions of torch's that give their result to the host"""
+
+
+class NothingWaits(TorchDispatchMode):
+    """Raises where an operation would have the host wait for the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.partition("::")[2]
+        assert name not in WAITING, f"{function} waits for the device"
+        indices = args[1] if name in ("index", "index_put_") else []
+        assert not any(index is not None and index.dtype == torch.bool for index in indices), f"{function} counts on it"
+        return function(*args, **(kwargs or {}))
+
+
+class NothingIsRead(torch.overrides.TorchFunctionMode):
+    """Raises where Python looks at a tensor's numbers."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        assert name not in READING, f"{name} looks at a tensor"
+        if name == "to":
+            places = [*args[1:], *(kwargs or {}).values()]
+            assert not any(place == "cpu" for place in places if isinstance(place, str)), "a tensor goes to the host"
+        return function(*args, **(kwargs or {}))
