@@ -7,9 +7,11 @@ from contextlib import contextmanager
 import torch
 from engine_parts import NAMES, made, spec_of
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from angle_rl.agents import DQN
-from angle_rl.engines import CudaGraphEngine
+from angle_rl.engines import CudaGraphEngine, cuda_graph, graph_keys
+from angle_rl.engines.masked import state_tensors
 from angle_rl.replay import PrioritizedReplayBuffer
 from angle_rl.types import RandomKey
 
@@ -37,11 +39,17 @@ class ResidentReplay(PrioritizedReplayBuffer):
     def launched(self, samples):
         self.drawn += samples
 
-    def sample(self, *args, **options):
+    def sample(self, *args, out=None, **options):
+        if out is not None and Tape.recording is not None:
+            Tape.recording.steps.append(lambda: self.sample(*args, out=out, **options))
+            return out
         with as_a_kernel():
-            return super().sample(*args, **options)
+            return super().sample(*args, out=out, **options)
 
     def update_priorities(self, handles, td_errors, where=None):
+        if Tape.recording is not None:
+            Tape.recording.steps.append(lambda: self.update_priorities(handles, td_errors, where))
+            return torch.zeros((), dtype=torch.int64)
         with as_a_kernel():
             if where is not None and not where.item():
                 return torch.zeros((), dtype=torch.int64)
@@ -129,3 +137,76 @@ class NothingIsRead(torch.overrides.TorchFunctionMode):
             places = [*args[1:], *(kwargs or {}).values()]
             assert not any(place == "cpu" for place in places if isinstance(place, str)), "a tensor goes to the host"
         return function(*args, **(kwargs or {}))
+
+
+class Tape(TorchDispatchMode):
+    """Writes down the operations inside, with the tensors that they read and write, and plays them as a graph does:
+    in the same memory, without Python in between. So nothing on it may depend on a number that the host has seen.
+    """
+
+    recording = None
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def __enter__(self):
+        Tape.recording = self
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Tape.recording = None
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        self.steps.append((function, args, kwargs, tree_leaves(result)))
+        return result
+
+    @torch.no_grad()
+    def play(self):
+        for step in self.steps:
+            if callable(step):
+                step()
+                continue
+            function, args, kwargs, written = step
+            for tensor, old in zip(tree_leaves(function(*args, **kwargs)), written, strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != tensor.data_ptr():  # no view, and not in place
+                    old.copy_(tensor)
+
+
+class TapedGraph:
+    """Stands in for a CUDA graph. Recording leaves all tensors as they were, since a CUDA graph's runs nothing."""
+
+    def __init__(self, body, engine):
+        moments = [tensor for optimizer in engine._optimizers for tensor in state_tensors(optimizer)]
+        coefficient = [] if engine._coefficient is None else [engine._coefficient]
+        tensors = [tensor.detach() for tensor in (*engine._learned, *moments, *coefficient)]
+        before = [tensor.clone() for tensor in tensors]
+        self.tape = Tape()
+        with self.tape:
+            self.outcome = body()
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(old)
+        self.launches = 0
+
+    def launch(self):
+        self.launches += 1
+        self.tape.play()
+
+
+def record_on_tape(learner, monkeypatch):
+    """Have a learner's graph engine record its updates on tapes."""
+    engine = learner.state.engine = engine_of(learner, capture=True)
+    monkeypatch.setattr(cuda_graph, "_Graph", lambda body, device: TapedGraph(body, engine))
+    for name in ("fill_normals", "fill_uniforms"):
+        fill = getattr(graph_keys, name)
+
+        def kernel(keys, index, out, fill=fill):
+            if Tape.recording is None:
+                fill(keys, index, out)
+            else:
+                Tape.recording.steps.append(lambda: fill(keys, index, out))
+
+        monkeypatch.setattr(graph_keys, name, kernel)

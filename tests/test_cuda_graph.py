@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from engine_parts import NAMES, made, spec_of
-from graph_parts import Learner, NothingIsRead, NothingWaits, assert_beside, engine_of, pair
+from graph_parts import Learner, NothingIsRead, NothingWaits, assert_beside, engine_of, pair, record_on_tape
 
 from angle_rl import engines, ops
 from angle_rl.agents import DDPG, DQN, SAC, TD3, DiscreteSAC
@@ -156,6 +156,56 @@ def test_of_two_policy_steps_the_one_that_failed_is_reported():
             assert not result.finite
             assert math.isnan(result.policy_loss)
     assert_beside(reference, graph)
+
+
+# Played from a tape, as a graph is launched ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
+def test_what_was_recorded_once_gives_each_later_call_its_own_numbers(kind, options, monkeypatch):
+    """Nothing that changes from call to call may have gone into the recording."""
+    monkeypatch.setattr(ops, "_has_kernel", lambda *_: False)
+    monkeypatch.setattr(ops, "_has_pairs_kernel", lambda *_: False)
+    reference, graph = pair(kind, **options)
+    record_on_tape(graph, monkeypatch)
+    # With a batch of its own, the policy's is drawn even after the critics failed: draws would differ from there on.
+    scales = {7: 1.0 if options.get("policy_batch") == "fresh" else math.nan, 10: 0.5}
+    poisoned = 0
+    for call in range(14):
+        copies = call % 5 == 4
+        for learner in (reference, graph):
+            state = learner.state
+            state.reward_scale = scales.get(call, 1.0)
+            if call == 4:
+                scale_learning_rates(state.optimizers.values(), 0.5)
+            if call == 6 and state.optimizers.keys() == {"critics", "policy"} and kind is SAC:
+                state.set_entropy_coefficient(torch.tensor(0.4))
+            results = learner.take(2 * call, [1] if call == 7 else [1, int(kind is not TD3)], copies)
+            poisoned += not results[-1].finite
+    assert poisoned == 2 * math.isnan(scales[7])
+    assert_beside(reference, graph)
+    recorded = graph.state.engine._recorded.values()
+    launches = [one.graph.launches for one in recorded if one.graph is not None]
+    assert max(launches) >= 9
+    assert graph.state.replay.drawn == sum(
+        one.graph.launches * one.samples for one in recorded if one.graph is not None
+    )
+
+
+def test_a_taped_update_that_is_not_finite_changes_nothing(monkeypatch):
+    monkeypatch.setattr(ops, "_has_kernel", lambda *_: False)
+    learner = Learner(SAC, "graph")
+    record_on_tape(learner, monkeypatch)
+    for call in range(4):
+        learner.take(call, [1])
+    before = learner.tensors()
+    learner.state.reward_scale = math.inf
+    (result,) = learner.take(4, [1])
+    assert not result.finite
+    after = learner.tensors()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    (recorded,) = learner.state.engine._recorded.values()
+    assert recorded.graph.launches == 4
 
 
 # Nothing waits --------------------------------------------------------------------------------------------------
