@@ -199,7 +199,7 @@ class TapedGraph:
 def record_on_tape(learner, monkeypatch):
     """Have a learner's graph engine record its updates on tapes."""
     engine = learner.state.engine = engine_of(learner, capture=True)
-    monkeypatch.setattr(cuda_graph, "_Graph", lambda body, device: TapedGraph(body, engine))
+    monkeypatch.setattr(cuda_graph, "_Graph", lambda body, _: TapedGraph(body, engine))
     for name in ("fill_normals", "fill_uniforms"):
         fill = getattr(graph_keys, name)
 

@@ -8,12 +8,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from engine_parts import NAMES, made, spec_of
+from engine_parts import NAMES, OBSERVATIONS, made, spec_of
 from graph_parts import Learner, NothingIsRead, NothingWaits, assert_beside, engine_of, pair, record_on_tape
+from gymnasium import spaces
 
 from angle_rl import engines, ops
 from angle_rl.agents import DDPG, DQN, SAC, TD3, DiscreteSAC
+from angle_rl.agents.actor_critic import rows_on_device
 from angle_rl.agents.state import scale_learning_rates
+from angle_rl.config import AgentConfig, Training
 from angle_rl.engines import CudaGraphEngine, TorchEngine, cuda_graph, describe_engine, graph_refusal, make_engine
 from angle_rl.engines.graph_keys import CannotCaptureError, Draws
 from angle_rl.engines.masked import has_switch, kept_where_failed, mark_not_finite, step_refusal
@@ -476,6 +479,25 @@ def test_auto_takes_it_on_a_device_where_it_can(monkeypatch):
     assert make_engine(own, update, "cuda_graph") == "the engine"
     assert describe_engine("auto", device="cuda:1").startswith("engine cuda_graph (auto")
     assert describe_engine("auto").startswith("engine native (auto")
+
+
+def test_the_config_takes_it_with_a_device_alone():
+    assert Training(engine="cuda_graph", device="cuda:1").engine == "cuda_graph"
+    with pytest.raises(ValueError, match="engine is 'cuda_graph' and device 'cpu'; it needs a CUDA device"):
+        Training(engine="cuda_graph")
+    with pytest.raises(ValueError, match="precision is 'bfloat16' and engine 'cuda_graph'"):
+        Training(engine="cuda_graph", device="cuda", precision="bfloat16")
+
+
+def test_the_replay_lies_where_the_networks_learn_but_for_what_the_host_alone_can_do():
+    image = spaces.Box(0, 255, (4, 8, 8), np.uint8)
+    config = AgentConfig(training=Training(device="cuda"))
+    assert rows_on_device(config, OBSERVATIONS)
+    assert rows_on_device(config, spaces.Dict({"a": OBSERVATIONS, "b": spaces.Discrete(3)}))
+    assert not rows_on_device(config, image)
+    assert not rows_on_device(config, spaces.Dict({"a": OBSERVATIONS, "b": image}))
+    assert not rows_on_device(config.replace(overlap=True), OBSERVATIONS)
+    assert not rows_on_device(AgentConfig(), OBSERVATIONS)
 
 
 # On a device ----------------------------------------------------------------------------------------------------

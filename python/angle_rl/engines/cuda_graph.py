@@ -373,7 +373,8 @@ class _Graph:
         try:
             # "thread_local": another thread may go on allocating on the device meanwhile.
             current = torch.cuda.stream(torch.cuda.current_stream(device))  # comes back also where recording breaks off
-            with current, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            own = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            with current, torch.cuda.graph(self._graph, stream=own, capture_error_mode="thread_local"):
                 self.outcome = body()
         except CannotCaptureError:
             raise

@@ -8,14 +8,12 @@ keys of that launch, and the numbers go to the device, where kernels read them.
 from __future__ import annotations
 
 import ctypes
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from angle_rl import _core
+from angle_rl import _core, device
 from angle_rl.types import RandomKey
 
 
@@ -56,7 +54,7 @@ class Draws:
 
     Args:
         roots: the updates' keys; read only while nothing was written down yet, to draw at once.
-        device: where what is drawn shall be.
+        home: where what is drawn shall be.
         known: what was written down when the same updates were taken before.
         numbers: ``[known.entries]`` int64 on the device, what `known.values` gives for the keys of a launch.
     """
@@ -64,12 +62,12 @@ class Draws:
     def __init__(
         self,
         roots: Sequence[RandomKey],
-        device: torch.device,
+        home: torch.device,
         known: DrawProgram | None = None,
         numbers: torch.Tensor | None = None,
     ) -> None:
         self.program = DrawProgram(roots=len(roots))
-        self.device = device
+        self.home = home
         self._known = known
         self._numbers = numbers
         self._used = 0  # of the numbers
@@ -100,7 +98,7 @@ class Draws:
         if self._numbers is None:
             own = self._keys[key]
             values = [signed(own.value)] if subset is None else own.subset(*subset)
-            return torch.tensor(values, device=self.device), 0
+            return torch.tensor(values, device=self.home), 0
         if len(self.program.draws) > len(self._known.draws if self._known is not None else ()):
             raise CannotCaptureError("it does not draw the same random numbers in every update")
         index, self._used = self._used, self._used + (1 if subset is None else subset[1])
@@ -135,13 +133,13 @@ class GraphKey:
         """Standard normals of the given shape, float32 or float64, on the device."""
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype is {dtype}; normals come in torch.float32 and torch.float64")
-        out = torch.empty(shape, dtype=dtype, device=self._draws.device)
+        out = torch.empty(shape, dtype=dtype, device=self._draws.home)
         fill_normals(*self._draws.place(self._index), out)
         return out
 
     def uniform(self, *shape: int) -> torch.Tensor:
         """float64 uniforms in [0, 1) of the given shape, on the device."""
-        out = torch.empty(shape, dtype=torch.float64, device=self._draws.device)
+        out = torch.empty(shape, dtype=torch.float64, device=self._draws.home)
         fill_uniforms(*self._draws.place(self._index), out)
         return out
 
@@ -158,7 +156,7 @@ class GraphKey:
 def fill_normals(keys: torch.Tensor, index: int, out: torch.Tensor) -> None:
     """Fill ``out``, float32 or float64, with the normals of the key ``keys[index]``, int64, as `RandomKey.normal`."""
     if keys.is_cuda:
-        _device().normals(keys, index, out)
+        device.normals(keys, index, out)
         return
     fill = _core.philox_normal_f32 if out.dtype == torch.float32 else _core.philox_normal_f64
     fill(_host_key(keys, index), out.data_ptr(), out.numel())
@@ -167,7 +165,7 @@ def fill_normals(keys: torch.Tensor, index: int, out: torch.Tensor) -> None:
 def fill_uniforms(keys: torch.Tensor, index: int, out: torch.Tensor) -> None:
     """Fill ``out``, float64, with the uniforms of the key ``keys[index]``, int64, as `RandomKey.uniform`."""
     if keys.is_cuda:
-        _device().uniforms(keys, index, out)
+        device.uniforms(keys, index, out)
         return
     _core.philox_uniform(_host_key(keys, index), out.data_ptr(), out.numel())
 
@@ -179,7 +177,3 @@ def signed(value: int) -> int:
 
 def _host_key(keys: torch.Tensor, index: int) -> int:
     return ctypes.c_uint64.from_address(keys.data_ptr() + 8 * index).value
-
-
-def _device() -> Any:
-    return importlib.import_module("angle_rl.device")
