@@ -16,10 +16,10 @@ ACTIONS = spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 10.0], np
 NAMES = {SAC: "sac", DiscreteSAC: "sac_discrete", TD3: "td3", DDPG: "ddpg", DQN: "dqn"}
 
 
-def made(kind=SAC, *, q_future=None, rows=200, buffer=None, device="cpu", **hyperparameters):
+def made(kind=SAC, *, q_future=None, rows=200, buffer=None, networks=None, device="cpu", **hyperparameters):
     """An agent and its first state, on the torch engine, with random transitions in the replay.
 
-    `buffer` makes the replay, where it is not to be the agent's own.
+    `buffer` makes the replay and `networks` a dict of policy and critics, where these are not to be the agent's own.
     """
     base = next(base for base in kind.__mro__ if base in NAMES)
     config = AgentConfig(
@@ -33,7 +33,8 @@ def made(kind=SAC, *, q_future=None, rows=200, buffer=None, device="cpu", **hype
     agent = kind(config) if q_future is None else kind(config, q_future)
     spaces_of_it = {"observation_space": OBSERVATIONS, "action_space": action_space}
     replay = None if buffer is None else buffer(config.hyperparameters.replay_capacity, **spaces_of_it, seed=5)
-    state, _ = agent.init(RandomKey(1), **spaces_of_it, replay=replay)
+    own = {} if networks is None else networks()
+    state, _ = agent.init(RandomKey(1), **spaces_of_it, replay=replay, **own)
     generator = np.random.default_rng(0)
     if rows > 0:
         state.replay.insert(

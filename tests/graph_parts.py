@@ -5,15 +5,78 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import torch
-from engine_parts import NAMES, made, spec_of
+from engine_parts import ACTIONS, NAMES, made, spec_of
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from angle_rl.agents import DQN
+from angle_rl.agents import DDPG, DQN, SAC, TD3, DiscreteSAC
 from angle_rl.engines import CudaGraphEngine, cuda_graph, graph_keys
 from angle_rl.engines.masked import state_tensors
+from angle_rl.models import PolicyModel
 from angle_rl.replay import PrioritizedReplayBuffer
 from angle_rl.types import RandomKey
+
+CASES = [
+    (SAC, {}),
+    (SAC, {"entropy_coefficient": 0.2, "huber_delta": 0.5, "max_gradient_norm": 0.5}),
+    (SAC, {"critics": 5, "critic_subset": 2, "policy_batch": "fresh", "optimizer": "adamw", "weight_decay": 0.01}),
+    (SAC, {"target_update_interval": 3, "layer_norm": True, "activation": "silu"}),
+    (TD3, {}),
+    (TD3, {"policy_batch": "fresh", "huber_delta": 1.0}),
+    (DDPG, {}),
+    (DDPG, {"max_gradient_norm": 0.1}),
+    (DQN, {}),
+    (DQN, {"double_q": False, "target_update_interval": 3, "dueling": True}),
+    (DiscreteSAC, {}),
+    (SAC, {"networks": lambda: own_networks(2)}),
+    (TD3, {"networks": lambda: own_networks(1)}),
+]
+
+
+class OwnPolicy(PolicyModel):
+    """A user's: statistics of batches, which are buffers, and an output of its own."""
+
+    def __init__(self, outputs):
+        super().__init__(ACTIONS.low, ACTIONS.high)
+        self.outputs = outputs
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(3, 16, bias=False),
+            torch.nn.BatchNorm1d(16),
+            torch.nn.ELU(),
+            torch.nn.Linear(16, 2 * outputs),
+        )
+
+    def forward(self, observations):
+        output = self.layers(observations)
+        return output.tanh() * self.action_scale + self.action_center if self.outputs == 1 else output.chunk(2, -1)
+
+
+class OwnCritics(torch.nn.Module):
+    """A user's: networks of different form."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.deep = (
+            torch.nn.Sequential(torch.nn.Linear(5, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1)),
+            torch.nn.Sequential(
+                torch.nn.Linear(5, 8),
+                torch.nn.LayerNorm(8),
+                torch.nn.GELU(),
+                torch.nn.Linear(8, 8),
+                torch.nn.Linear(8, 1),
+            ),
+        )
+
+    def forward(self, observations, actions):
+        inputs = torch.cat((observations, actions), 1)
+        return torch.cat((self.wide(inputs), self.deep(inputs)), 1).t()
+
+
+def own_networks(outputs):
+    """One output a component: the actions; two: the mean and the logarithm of the deviation."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return {"policy": OwnPolicy(outputs), "critics": OwnCritics()}
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import gymnasium
 import numpy as np
 import torch
 
+from angle_rl import device as devices
 from angle_rl.agents.base import crossings, in_updates, known_as, name_of
 from angle_rl.agents.exploration import Exploration, make_schedule
 from angle_rl.agents.learning import begin_meta, learning_of, shaped_policy_loss, shapes_policy_loss
@@ -392,7 +393,7 @@ def make_replay(
     history = hyperparameters.observation_history
     stacked = history > 1 and observation_space.dtype == np.uint8 and len(observation_space.shape or ()) == 3
     frame_stack = history if stacked else None  # None: the replay's own choice
-    device = config.training.device if rows_on_device(config, observation_space) else "cpu"
+    home = config.training.device if rows_on_device(config, observation_space) else "cpu"
     if hyperparameters.replay == "uniform":
         return ReplayBuffer(
             hyperparameters.replay_capacity,
@@ -402,7 +403,7 @@ def make_replay(
             discount=hyperparameters.discount,
             frame_stack=frame_stack,
             seed=seed,
-            device=device,
+            device=home,
         )
     return PrioritizedReplayBuffer(
         hyperparameters.replay_capacity,
@@ -415,21 +416,26 @@ def make_replay(
         discount=hyperparameters.discount,
         frame_stack=frame_stack,
         seed=seed,
-        device=device,
+        device=home,
     )
 
 
 def rows_on_device(config: AgentConfig, observation_space: gymnasium.Space[Any]) -> bool:
     """Whether the replay's rows are to lie on the CUDA device that learns, and not in the host's memory.
 
-    There are no shared successors there, which images of uint8 come with, and nobody inserts while another thread
-    samples, as under `overlap`.
+    Not where this build has no kernels for it, nor with images of uint8, whose successors are shared, nor under
+    `overlap`, where one thread inserts while another samples.
     """
     training = config.training
+    if not training.device.startswith("cuda") or training.overlap:
+        return False
     dtypes: list[Any] = []
     map_space(lambda leaf: dtypes.append(leaf.dtype), observation_space)
-    shares = any(dtype == np.uint8 for dtype in dtypes)
-    return training.device.startswith("cuda") and not shares and not training.overlap
+    try:
+        devices.backend(training.device)
+    except RuntimeError:
+        return False
+    return all(dtype != np.uint8 for dtype in dtypes)
 
 
 def check_replay(replay: Any, config: AgentConfig) -> None:

@@ -94,6 +94,14 @@ class CudaGraphEngine:
         self._learned = [t for m in modules if m is not None for t in (*m.parameters(), *m.buffers())]
         if update.log_entropy_coefficient is not None:
             self._learned.append(update.log_entropy_coefficient)
+        self._statistics = [
+            buffer
+            for module in modules
+            if module is not None
+            for part in module.modules()
+            if isinstance(part, torch.nn.modules.batchnorm._NormBase)
+            for buffer in part.buffers(recurse=False)
+        ]
         self._one = torch.ones((), device=self._device)
         tau = 1.0 if spec.targets_follow == "copies" else spec.tau
         self._moved, self._left = (
@@ -244,14 +252,15 @@ class CudaGraphEngine:
         spec, update = self._spec, self._update
         target_key, *policy_keys = key.split(1 + policy_steps)
         batch = self._sample("critics")
-        q, loss, td_error = critics_loss(spec, update, batch, batch.rewards * scale, weights, target_key)
-        self._descend(loss, update.optimizers["critics"], failed)
+        with self._no_statistics_after(failed):
+            q, loss, td_error = critics_loss(spec, update, batch, batch.rewards * scale, weights, target_key)
+            self._descend(loss, update.optimizers["critics"], failed)
         flag[0].copy_(failed)
         result = UpdateResult(True, batch, q.detach(), loss.detach(), None, None)
         for policy_key in policy_keys:
             own = batch if spec.policy_batch == "critic" else self._sample("policy")
             before = failed.clone() if result.policy_loss is not None else None
-            with without_gradients(self._critic_parameters):
+            with without_gradients(self._critic_parameters), self._no_statistics_after(failed):
                 learned = update.policy_loss(own, policy_key)
                 self._descend(learned.loss, update.optimizers["policy"], failed)
             self._after_policy_step(learned, failed)
@@ -294,6 +303,17 @@ class CudaGraphEngine:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._spec.max_gradient_norm, norm)
         with kept_where_failed(failed, [optimizer]):
             optimizer.step()
+
+    @contextmanager
+    def _no_statistics_after(self, failed: torch.Tensor) -> Iterator[None]:
+        """Inside, running statistics of batches stay as they are where `failed` is 1 already on the way in."""
+        if not self._statistics:
+            yield
+            return
+        before, stay = [buffer.clone() for buffer in self._statistics], failed > 0
+        yield
+        for buffer, old in zip(self._statistics, before, strict=True):
+            buffer.copy_(torch.where(stay, old, buffer))
 
     def _after_policy_step(self, learned: PolicyLoss, failed: torch.Tensor) -> None:
         """What follows a policy step. After one that was left out, optimisers and the entropy coefficient stay."""
