@@ -8,17 +8,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from engine_parts import OBSERVATIONS, made, spec_of
-from graph_parts import Learner, assert_beside, engine_of, pair
+from engine_parts import OBSERVATIONS, made, small, spec_of, walk_feed
+from graph_parts import Learner, ResidentReplay, assert_beside, engine_of, pair
 from gymnasium import spaces
 
 from angle_rl import device, engines
-from angle_rl.agents import SAC, TD3
+from angle_rl.agents import SAC, TD3, actor_critic
 from angle_rl.agents.actor_critic import rows_on_device
 from angle_rl.config import AgentConfig, Training
-from angle_rl.engines import TorchEngine, cuda_graph, describe_engine, graph_refusal, make_engine
+from angle_rl.engines import CudaGraphEngine, TorchEngine, cuda_graph, describe_engine, graph_refusal, make_engine
 from angle_rl.engines.graph_keys import CannotCaptureError, Draws
 from angle_rl.engines.masked import has_switch, kept_where_failed, mark_not_finite, step_refusal
+from angle_rl.trainer import AgentTrainer
 from angle_rl.types import RandomKey
 
 # Keys -----------------------------------------------------------------------------------------------------------
@@ -271,3 +272,25 @@ def test_the_replay_lies_where_the_networks_learn_but_for_what_the_host_alone_ca
 
     monkeypatch.setattr(device, "backend", without)
     assert not rows_on_device(config, OBSERVATIONS)
+
+
+@pytest.mark.parametrize("agent", ["sac", "td3"])
+def test_a_run_on_it_is_a_run_on_the_torch_engine(agent, tmp_path, monkeypatch):
+    found = []
+    for engine in ("torch", "graph"):
+        config = small(tmp_path / engine, 60, agent=agent, updates_per_call=4, learning_rate_schedule="linear")
+        if engine == "graph":
+            made_so = lambda spec, update, *_, **__: CudaGraphEngine(spec, update, capture=False)  # noqa: E731
+            monkeypatch.setattr(actor_critic, "make_engine", made_so)
+        feed = walk_feed()
+        places = {"observation_space": feed.observation_space, "action_space": feed.action_space}
+        trainer = AgentTrainer(config, feed, replay=ResidentReplay(1000, **places, seed=2))
+        trainer.train()
+        assert trainer.rl_state.agent_state.engine.name == {"torch": "torch", "graph": "cuda_graph"}[engine]
+        found.append(
+            (trainer.updates, [p.detach() for p in (*trainer.policy.parameters(), *trainer.critics.parameters())])
+        )
+    (updates, expected), (others, parameters) = found
+    assert updates == others == 40
+    for one, other in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
