@@ -16,19 +16,25 @@ ACTIONS = spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 10.0], np
 NAMES = {SAC: "sac", DiscreteSAC: "sac_discrete", TD3: "td3", DDPG: "ddpg", DQN: "dqn"}
 
 
-def made(kind=SAC, *, q_future=None, rows=200, **hyperparameters):
-    """An agent and its first state, on the torch engine, with random transitions in the replay."""
+def made(kind=SAC, *, q_future=None, rows=200, buffer=None, networks=None, device="cpu", **hyperparameters):
+    """An agent and its first state, on the torch engine, with random transitions in the replay.
+
+    `buffer` makes the replay and `networks` a dict of policy and critics, where these are not to be the agent's own.
+    """
     base = next(base for base in kind.__mro__ if base in NAMES)
     config = AgentConfig(
         hyperparameters=Hyperparameters(
             **{"agent": NAMES[base], "hidden_sizes": (16,), "batch_size": 32, "replay_capacity": 1000} | hyperparameters
         ),
-        training=Training(engine="torch"),
+        training=Training(engine="torch", device=device),
     )
     discrete = base in (DQN, DiscreteSAC)
     action_space = spaces.Discrete(4, start=-1) if discrete else ACTIONS
     agent = kind(config) if q_future is None else kind(config, q_future)
-    state, _ = agent.init(RandomKey(1), observation_space=OBSERVATIONS, action_space=action_space)
+    spaces_of_it = {"observation_space": OBSERVATIONS, "action_space": action_space}
+    replay = None if buffer is None else buffer(config.hyperparameters.replay_capacity, **spaces_of_it, seed=5)
+    own = {} if networks is None else networks()
+    state, _ = agent.init(RandomKey(1), **spaces_of_it, replay=replay, **own)
     generator = np.random.default_rng(0)
     if rows > 0:
         state.replay.insert(

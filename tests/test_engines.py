@@ -14,7 +14,6 @@ import torch
 from engine_parts import NAMES, assert_same, made, spec_of, tensors_of
 
 from angle_rl.agents import DDPG, DQN, SAC, TD3, DiscreteSAC
-from angle_rl.agents.noise import random_subset
 from angle_rl.agents.optimizers import moments_of, without_compiler
 from angle_rl.config import Hyperparameters
 from angle_rl.models import TwinQ
@@ -144,12 +143,12 @@ def test_a_subset_is_the_start_of_a_shuffle():
             place = int(uniforms[i] * (5 - i))
             drawn.append(numbers[i:][place])
             numbers[i], numbers[i + place] = numbers[i + place], numbers[i]
-        assert random_subset(5, 3, key) == drawn
-        assert sorted(random_subset(5, 5, key)) == [0, 1, 2, 3, 4]
+        assert key.subset(5, 3) == drawn
+        assert sorted(key.subset(5, 5)) == [0, 1, 2, 3, 4]
 
 
 def test_every_subset_is_equally_likely():
-    counts = Counter(frozenset(random_subset(5, 2, key)) for key in RandomKey(7).split(5000))
+    counts = Counter(frozenset(key.subset(5, 2)) for key in RandomKey(7).split(5000))
     assert len(counts) == 10
     chi_square = sum((count - 500) ** 2 / 500 for count in counts.values())
     assert chi_square < 27.9  # 9 degrees of freedom, one in a thousand
@@ -167,7 +166,7 @@ def test_the_target_takes_the_minimum_over_the_subset_drawn(kind):
     for number in range(20):
         key = RandomKey(number)
         subset_key, rest = key.split(2)
-        members = random_subset(5, 2, subset_key)
+        members = subset_key.subset(5, 2)
         seen.add(frozenset(members))
         with torch.no_grad():
             values, everything = agent.next_values(state, batch, key), whole.next_values(whole_state, batch, rest)

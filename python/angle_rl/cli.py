@@ -172,7 +172,7 @@ def info(arguments: list[str]) -> int:
     print(f"ISA       {_core.isa()} (this machine can run {', '.join(_core.available_isas())})")
     print(f"threads   {threads}")
     print(f"CUDA      {cuda} (torch: {torch.version.cuda or 'CPU build'}; built {compiler} a CUDA compiler)")
-    print(f"engine    {describe_engine(config.training.engine)}")
+    print(f"engine    {describe_engine(config.training.engine, device=config.training.device)}")
     return 0
 
 

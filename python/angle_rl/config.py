@@ -156,8 +156,9 @@ class Training:
     evaluation_episodes: Count = 20  # whole episodes in each evaluation
     device: str = "cpu"  # the torch device that holds the networks
     threads: Count | None = None  # torch's threads inside one operation; None: torch's own choice
-    # executes the updates: torch takes any network, native our own ones on a CPU; auto: the fastest that takes them
-    engine: Literal["auto", "torch", "native"] = "auto"
+    # executes the updates: torch takes any network, native our own ones on a CPU, cuda_graph what can be recorded on a
+    # CUDA device; auto: the fastest that takes them
+    engine: Literal["auto", "torch", "native", "cuda_graph"] = "auto"
     learner_threads: Count | None = None  # native, threads that share one update; None: the engine's own choice
     overlap: bool = False  # updates are taken in a thread of their own while the environments step; not reproducible
     # native, what its matrix products multiply in (they add in float32, and parameters stay as they are)
@@ -167,8 +168,10 @@ class Training:
         _check_fields(self)
         if not self.environment:
             raise ValueError("environment is ''; it must name a Gymnasium environment")
-        if self.engine == "torch" and self.precision != "float32":
-            raise ValueError(f"precision is {self.precision!r} and engine 'torch', which has float32 alone")
+        if self.engine in ("torch", "cuda_graph") and self.precision != "float32":
+            raise ValueError(f"precision is {self.precision!r} and engine {self.engine!r}, which has float32 alone")
+        if self.engine == "cuda_graph" and not self.device.startswith("cuda"):
+            raise ValueError(f"engine is 'cuda_graph' and device {self.device!r}; it needs a CUDA device")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,10 @@ safe from any thread while nobody trains them.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -142,6 +143,13 @@ class PolicyModel(nn.Module):
             noise = torch.randn_like(mean)
         actions, log_prob = ops.squashed_gaussian(mean, log_std, noise)
         return self.scale_actions(actions), log_prob
+
+
+@cache
+def takes_noise(sample_actions: Callable[..., Any]) -> bool:
+    """Whether a policy's `sample_actions` takes its normals as `noise=`."""
+    parameters = inspect.signature(sample_actions).parameters
+    return "noise" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 class SquashedGaussianPolicy(PolicyModel):

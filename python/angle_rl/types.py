@@ -90,6 +90,18 @@ class RandomKey:
         """An integer in [0, 2**31) to seed another generator with."""
         return _core.philox_split(self.value, 0) >> 33
 
+    def subset(self, n: int, size: int) -> list[int]:
+        """``size`` of the numbers below ``n``, any as likely as any other, in the order drawn.
+
+        The first steps of a shuffle (Durstenfeld 1964, doi:10.1145/364520.364540): with ``u = uniform(n)`` step i, from
+        0 on, swaps the places i and ``i + floor(u[i] * (n - i))`` of 0, 1, ... n - 1, and the first places are taken.
+        """
+        numbers = list(range(n))
+        for i, u in enumerate(self.uniform(n).tolist()[:size]):
+            other = i + int(u * (n - i))
+            numbers[i], numbers[other] = numbers[other], numbers[i]
+        return numbers[:size]
+
     def uniform(self, *shape: int) -> torch.Tensor:
         """float64 uniforms in [0, 1) of the given shape."""
         out = torch.empty(shape, dtype=torch.float64)
@@ -133,7 +145,7 @@ class UpdateSpec:
     # What bootstraps: "soft" (SAC), "smoothed" (TD3), "deterministic" (DDPG), "double" or "maximum" (DQN), "other"
     next_value: str = "other"
     policy_loss: str = "other"  # what the policy descends: "soft", "deterministic" (TD3, DDPG), "none" (DQN), "other"
-    # The bootstrap value is the minimum over this many target critics, agents.noise.random_subset of the first of
+    # The bootstrap value is the minimum over this many target critics, RandomKey.subset of the first of
     # target_key.split(2), while the second draws whatever else the target needs; None: over all, and no key is split
     critic_subset: int | None = None
     target_noise: float = 0.0  # "smoothed", deviation of the noise on the target policy's actions, in half ranges, >= 0

@@ -11,6 +11,7 @@ import gymnasium
 import numpy as np
 import torch
 
+from angle_rl import device as devices
 from angle_rl.agents.base import crossings, in_updates, known_as, name_of
 from angle_rl.agents.exploration import Exploration, make_schedule
 from angle_rl.agents.learning import begin_meta, learning_of, shaped_policy_loss, shapes_policy_loss
@@ -20,7 +21,6 @@ from angle_rl.agents.noise import (
     noisy_actions,
     ornstein_uhlenbeck,
     policy_actions,
-    random_subset,
     seeded_torch,
     uniform_actions,
     within_bounds,
@@ -41,6 +41,7 @@ from angle_rl.engines.base import Bounds, NextValues, PolicyLoss, Update
 from angle_rl.engines.native import usable_threads
 from angle_rl.models import TwinQ
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
+from angle_rl.spaces import map_space
 from angle_rl.types import Array, Batch, EnvironmentState, RandomKey, RLState, UpdateSpec
 
 FIRST_SCALE = {"none": 0.0, "gaussian": 0.1, "ou": 0.2}
@@ -305,7 +306,7 @@ class ActorCritic:
             return q
         if size > len(q):
             raise ValueError(f"critic_subset is {size}; there are {len(q)} critics")
-        return q[random_subset(len(q), size, subset_key)]
+        return q[subset_key.subset(len(q), size)]
 
     def _plan(self, index: int, updates: int) -> tuple[int, bool]:
         copies = crossings(self._copy_every, updates, updates + 1) > 0
@@ -360,6 +361,7 @@ class ActorCritic:
             set_entropy_coefficient=state.set_entropy_coefficient,
             reward_scale=lambda: state.reward_scale,
             loss_weights=lambda: state.loss_weights,
+            changes_on_host="meta adds a loss of its own to the policy's" if shapes_policy_loss(state) else None,
         )
 
 
@@ -383,11 +385,15 @@ def make_replay(
     action_space: gymnasium.Space[Any],
     seed: int,
 ) -> ReplayBuffer | PrioritizedReplayBuffer:
-    """The replay that the config asks for. Of stacked images (`observation_history`) it keeps each frame once."""
+    """The replay that the config asks for: on the device that learns, where `rows_on_device` says so.
+
+    Of stacked images (`observation_history`) it keeps each frame once.
+    """
     hyperparameters = config.hyperparameters
     history = hyperparameters.observation_history
     stacked = history > 1 and observation_space.dtype == np.uint8 and len(observation_space.shape or ()) == 3
     frame_stack = history if stacked else None  # None: the replay's own choice
+    home = config.training.device if rows_on_device(config, observation_space) else "cpu"
     if hyperparameters.replay == "uniform":
         return ReplayBuffer(
             hyperparameters.replay_capacity,
@@ -397,6 +403,7 @@ def make_replay(
             discount=hyperparameters.discount,
             frame_stack=frame_stack,
             seed=seed,
+            device=home,
         )
     return PrioritizedReplayBuffer(
         hyperparameters.replay_capacity,
@@ -409,7 +416,26 @@ def make_replay(
         discount=hyperparameters.discount,
         frame_stack=frame_stack,
         seed=seed,
+        device=home,
     )
+
+
+def rows_on_device(config: AgentConfig, observation_space: gymnasium.Space[Any]) -> bool:
+    """Whether the replay's rows are to lie on the CUDA device that learns, and not in the host's memory.
+
+    Not where this build has no kernels for it, nor with images of uint8, whose successors are shared, nor under
+    `overlap`, where one thread inserts while another samples.
+    """
+    training = config.training
+    if not training.device.startswith("cuda") or training.overlap:
+        return False
+    dtypes: list[Any] = []
+    map_space(lambda leaf: dtypes.append(leaf.dtype), observation_space)
+    try:
+        devices.backend(training.device)
+    except RuntimeError:
+        return False
+    return all(dtype != np.uint8 for dtype in dtypes)
 
 
 def check_replay(replay: Any, config: AgentConfig) -> None:

@@ -213,8 +213,9 @@ def _count_critics(state: LearnerState) -> int:
         return 1
     critics: Any = copy.deepcopy(state.critics).eval()
     dtype = next(critics.parameters()).dtype
-    tensors = [tensor.zero_().to(state.device) for tensor in state.replay._blank(1, False)]
-    row: Batch = state.replay._batches.assemble([t.to(dtype) if t.is_floating_point() else t for t in tensors])
+    layout = state.replay._batches
+    tensors = [torch.zeros(size, dtype=kind, device=state.device) for size, kind in layout.sizes(1)]
+    row: Batch = layout.assemble([t.to(dtype) if t.is_floating_point() else t for t in tensors])
     with torch.no_grad():
         return len(critics(row.observations, row.actions))
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
 
+from angle_rl.models import takes_noise
 from angle_rl.types import RandomKey
 
 
@@ -24,6 +23,7 @@ class ActionBounds:
     low: torch.Tensor
     high: torch.Tensor
     half_range: torch.Tensor  # (high - low) / 2, the unit of all noise
+    count: int | None = None  # of actions that can be counted, where low and high are the first and the last
 
     @property
     def shape(self) -> torch.Size:
@@ -83,19 +83,6 @@ def ornstein_uhlenbeck(
     return noise + theta * (mu - noise) + sigma * key.normal(*noise.shape)
 
 
-def random_subset(n: int, size: int, key: RandomKey) -> list[int]:
-    """``size`` of the numbers below ``n``, any as likely as any other, in the order drawn.
-
-    The first steps of a shuffle (Durstenfeld 1964, doi:10.1145/364520.364540): with ``u = key.uniform(n)`` step i, from
-    0 on, swaps the places i and ``i + floor(u[i] * (n - i))`` of 0, 1, ... n - 1, and the first places are taken.
-    """
-    numbers = list(range(n))
-    for i, u in enumerate(key.uniform(n).tolist()[:size]):
-        other = i + int(u * (n - i))
-        numbers[i], numbers[other] = numbers[other], numbers[i]
-    return numbers[:size]
-
-
 def policy_actions(
     policy: Any,
     observations: Any,
@@ -118,13 +105,6 @@ def policy_actions(
     noise = None if deterministic else key.normal(*noise_shape, dtype=dtype).to(device)
     actions = policy.sample_actions(observations, deterministic, noise=noise)
     return actions
-
-
-@cache
-def takes_noise(sample_actions: Callable[..., Any]) -> bool:
-    """Whether a policy's `sample_actions` takes its normals as `noise=`."""
-    parameters = inspect.signature(sample_actions).parameters
-    return "noise" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _device_and_dtype(policy: torch.nn.Module) -> tuple[torch.device, torch.dtype]:

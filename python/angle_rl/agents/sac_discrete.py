@@ -151,7 +151,7 @@ class DiscreteSAC(ActorCritic):
         low = torch.tensor(int(action_space.start), device=device)
         high = low + int(action_space.n) - 1
         self._check_target_entropy(int(action_space.n))
-        return ActionBounds(low=low, high=high, half_range=(high - low) / 2)
+        return ActionBounds(low=low, high=high, half_range=(high - low) / 2, count=int(action_space.n))
 
     def default_policy(self, observation_dim: int, bounds: ActionBounds) -> torch.nn.Module:
         """A categorical policy."""
@@ -231,7 +231,8 @@ class DiscreteSAC(ActorCritic):
 
 
 def _number_of_actions(bounds: ActionBounds) -> int:
-    return int(bounds.high - bounds.low) + 1
+    assert bounds.count is not None  # from `DiscreteSAC.bounds_of`; a look at the tensors would wait for their device
+    return bounds.count
 
 
 def _policy_of(state: ActorCriticState, observations: Any) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -64,6 +65,43 @@ class Update:
     reward_scale: Callable[[], float]  # what all rewards are multiplied by
     # [critics] float64, what each critic's part of the loss is multiplied by; None: 1 each
     loss_weights: Callable[[], torch.Tensor | None] = lambda: None
+    # Why the callables cannot be recorded once and launched again and again, in a few words; None: they can. Those that
+    # can read nothing that changes from update to update but tensors in place and what stands above.
+    changes_on_host: str | None = None
+
+
+class TargetPairs(NamedTuple):
+    """The tensors of slow copies beside those of the networks that they follow, in the same order."""
+
+    targets: list[torch.Tensor]  # parameters
+    online: list[torch.Tensor]
+    target_buffers: list[torch.Tensor]  # running statistics and constants
+    online_buffers: list[torch.Tensor]
+
+
+def target_pairs(update: Update) -> TargetPairs:
+    """What an update's target networks hold, without gradients, sharing their memory."""
+    pairs = [(update.target_critics, update.critics)]
+    if update.target_policy is not None and update.policy is not None:
+        pairs.append((update.target_policy, update.policy))
+    return TargetPairs(
+        [p.detach() for target, _ in pairs for p in target.parameters()],
+        [p.detach() for _, online in pairs for p in online.parameters()],
+        [b for target, _ in pairs for b in target.buffers()],
+        [b for _, online in pairs for b in online.buffers()],
+    )
+
+
+@contextmanager
+def without_gradients(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, no gradients of these are computed; afterwards of all of them."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 class UpdateResult(NamedTuple):

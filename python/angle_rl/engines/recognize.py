@@ -294,6 +294,7 @@ def _check_replay(update: Update) -> None:
     replay = update.replay
     own = type(replay) in (ReplayBuffer, PrioritizedReplayBuffer)
     _require(own, f"the replay is a {type(replay).__name__}, not exactly one of our own")
+    _require(not getattr(replay, "resident", False), "the replay's rows are on a CUDA device")
     replaced = {"sample", "update_priorities"} & vars(replay).keys()
     _require(not replaced, f"the replay has a {min(replaced, default='')} of its own")
     schema = replay.schema

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from angle_rl import ops
-from angle_rl.engines.base import PolicyLoss, Update, UpdateResult, one_by_one
+from angle_rl.engines.base import PolicyLoss, Update, UpdateResult, one_by_one, target_pairs, without_gradients
 from angle_rl.types import Batch, RandomKey, UpdateSpec
 
 
@@ -22,13 +22,7 @@ class TorchEngine:
         self._spec = spec
         self._update = update
         self._critic_parameters = [p for p in update.critics.parameters() if p.requires_grad]
-        pairs = [(update.target_critics, update.critics)]
-        if update.target_policy is not None and update.policy is not None:
-            pairs.append((update.target_policy, update.policy))
-        self._targets = [p.detach() for target, _ in pairs for p in target.parameters()]
-        self._online = [p.detach() for _, online in pairs for p in online.parameters()]
-        self._target_buffers = [b for target, _ in pairs for b in target.buffers()]
-        self._online_buffers = [b for _, online in pairs for b in online.buffers()]
+        self._pairs = target_pairs(update)
         self._sample_device = None if update.device.type == "cpu" else update.device
 
     def update(self, random_key: RandomKey, policy_steps: int, copy_targets: bool = False) -> UpdateResult:
@@ -40,16 +34,10 @@ class TorchEngine:
         spec, update = self._spec, self._update
         target_key, *policy_keys = random_key.split(1 + policy_steps)
         batch = self._sample()
-        with torch.no_grad():
-            future = update.next_values(batch, target_key)
-            scale = update.reward_scale()
-            rewards = batch.rewards if scale == 1.0 else batch.rewards * scale
-            td_target = ops.twin_q_target(rewards, batch.discounts, *future)
-        q = update.q_values(batch.observations, batch.actions)
-        weights = batch.importance_weights if spec.prioritized else None
-        critic_loss, td_error = ops.twin_q_loss(
-            q, td_target, weights, huber_delta=spec.huber_delta, critic_weights=_unlike_one(update.loss_weights())
-        )
+        scale = update.reward_scale()
+        rewards = batch.rewards if scale == 1.0 else batch.rewards * scale
+        critic_weights = unlike_one(update.loss_weights())
+        q, critic_loss, td_error = critics_loss(spec, update, batch, rewards, critic_weights, target_key)
         result = UpdateResult(
             finite=_is_finite(critic_loss),
             batch=batch,
@@ -83,8 +71,9 @@ class TorchEngine:
             update.replay.update_priorities(batch.handles, td_error)
         copies = spec.targets_follow == "copies"
         if copy_targets if copies else len(policy_keys) > 0 or spec.targets_follow == "update":
-            ops.update_targets(self._targets, self._online, 1.0 if copies else spec.tau)
-            for target, online in zip(self._target_buffers, self._online_buffers, strict=True):
+            pairs = self._pairs
+            ops.update_targets(pairs.targets, pairs.online, 1.0 if copies else spec.tau)
+            for target, online in zip(pairs.target_buffers, pairs.online_buffers, strict=True):
                 target.copy_(online)  # running statistics and constants: taken over, not averaged
         return result
 
@@ -100,14 +89,9 @@ class TorchEngine:
         """One step of the policy, through critics whose own gradients are neither computed nor touched, and whether
         it was finite and taken.
         """
-        for parameter in self._critic_parameters:
-            parameter.requires_grad_(False)
-        try:
+        with without_gradients(self._critic_parameters):
             learned = self._update.policy_loss(batch, key)
             stepped = _is_finite(learned.loss) and self._descend(learned.loss, self._update.optimizers["policy"])
-        finally:
-            for parameter in self._critic_parameters:
-                parameter.requires_grad_(True)
         return learned, stepped
 
     def _descend(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> bool:
@@ -127,7 +111,28 @@ class TorchEngine:
         return True
 
 
-def _unlike_one(weights: torch.Tensor | None) -> torch.Tensor | None:
+def critics_loss(
+    spec: UpdateSpec,
+    update: Update,
+    batch: Batch,
+    rewards: torch.Tensor,
+    critic_weights: torch.Tensor | None,
+    key: RandomKey,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the critics descend on a batch: q ``[critics, batch]``, the loss, and td_error ``[batch]`` (no gradient).
+
+    `rewards` ``[batch]`` are the batch's, scaled; `critic_weights` ``[critics]``, None for ones.
+    """
+    with torch.no_grad():
+        future = update.next_values(batch, key)
+        td_target = ops.twin_q_target(rewards, batch.discounts, *future)
+    q = update.q_values(batch.observations, batch.actions)
+    weights = batch.importance_weights if spec.prioritized else None
+    loss, td_error = ops.twin_q_loss(q, td_target, weights, huber_delta=spec.huber_delta, critic_weights=critic_weights)
+    return q, loss, td_error
+
+
+def unlike_one(weights: torch.Tensor | None) -> torch.Tensor | None:
     """None where all are 1: nothing has to be multiplied then."""
     return None if weights is None or bool((weights == 1).all()) else weights
 
