@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from angle_rl.types import Batch, RandomKey
 
@@ -64,6 +65,8 @@ class Update:
     reward_scale: Callable[[], float]  # what all rewards are multiplied by
     # [critics] float64, what each critic's part of the loss is multiplied by; None: 1 each
     loss_weights: Callable[[], torch.Tensor | None] = lambda: None
+    # "critics" and "policy", where processes learn together: the wrappers that have the networks above inside
+    data_parallel: Mapping[str, DistributedDataParallel] = field(default_factory=dict)
 
 
 class UpdateResult(NamedTuple):
