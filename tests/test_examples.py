@@ -19,7 +19,10 @@ SHORT = {  # what each is run with here, and what its last line must say
     "pendulum_td3.py": (["--steps", "1200"], "mean return"),
     "vector.py": (["--steps", "3000"], "mean return"),
 }
-ELSEWHERE = {"processes.py"}  # by tests/learning/test_processes.py, as it takes minutes
+ELSEWHERE = {  # another test runs it
+    "data_parallel.py",  # tests/test_distributed.py, in two processes
+    "processes.py",  # tests/learning/test_processes.py, as it takes minutes
+}
 
 
 def test_every_example_is_run():

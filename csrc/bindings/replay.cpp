@@ -322,7 +322,7 @@ class PyReplay {
   }
 
   // Where everything lies in the memory, in bytes from its start, for whoever keeps such memory elsewhere.
-  py::dict layout() const {
+  py::typing::Dict<py::str, py::object> layout() const {
     const SegmentLayout& at = replay_->layout();
     const RecordLayout& record = replay_->record();
     const size_t levels = at.tree.levels;
@@ -332,7 +332,7 @@ class PyReplay {
       fields.emplace_back(record.fields[f].offset, record.fields[f].bytes,
                           dtype.kind() + std::to_string(dtype.itemsize()));
     }
-    py::dict out;
+    py::typing::Dict<py::str, py::object> out;
     out["capacity"] = at.capacity;
     out["record_bytes"] = at.record_bytes;
     out["header_bytes"] = sizeof(SegmentHeader);

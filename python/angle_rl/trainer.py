@@ -55,7 +55,9 @@ class AgentTrainer:
         config: everything that is not given below.
         feed: where transitions come from: what `make_feed` takes; None: the config's `environment`.
         policy: a PolicyModel in place of the agent's own.
-        critics: a module ``(observations, actions) -> q  [critics, batch]`` in place of TwinQ.
+        critics: a module ``(observations, actions) -> q  [critics, batch]`` in place of TwinQ. Both networks may be in
+            torch's DistributedDataParallel: processes then learn together, on the torch engine, and each has to take
+            as many updates as the others. What is inside becomes `trainer.policy` and `trainer.critics`.
         replay: a buffer in place of a new one; its discount and n_step must be the config's.
         meta: has `update_meta_learning_model(states, q)`, called every `meta_update_interval` steps with the
             newest batch's observations and q values ``[critics, batch]``; a `MetaLearnerTrainer` is one, which from

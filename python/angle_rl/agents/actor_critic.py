@@ -38,6 +38,7 @@ from angle_rl.config import AgentConfig
 from angle_rl.encoders import EncodedCritics, EncodedPolicy, ObservationEncoder
 from angle_rl.engines import Engine, make_engine
 from angle_rl.engines.base import Bounds, NextValues, PolicyLoss, Update
+from angle_rl.engines.data_parallel import check_device, taken_out
 from angle_rl.engines.native import usable_threads
 from angle_rl.models import TwinQ
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
@@ -168,7 +169,9 @@ class ActorCritic:
         """
         network_key, replay_key, random_key = random_key.split(3)
         observation_space, action_space = options["observation_space"], options["action_space"]
-        policy, critics, replay = (options.get(name) for name in ("policy", "critics", "replay"))
+        replay = options.get("replay")
+        given, wrappers = taken_out({name: options.get(name) for name in ("policy", "critics")})
+        policy, critics = given["policy"], given["critics"]
         hyperparameters = self._hyperparameters
         device = torch.device(self.config.training.device)
         bounds = self.bounds_of(action_space, device)
@@ -188,6 +191,7 @@ class ActorCritic:
                     observation_space, EncodedCritics, lambda width: self.default_critics(width, action_space, number)
                 )
         check_policy(policy)
+        check_device(wrappers, device)
         policy, critics = policy.to(device), critics.to(device)
         rate, policy_rate = hyperparameters.learning_rate, hyperparameters.policy_learning_rate
         state = ActorCriticState(
@@ -204,6 +208,7 @@ class ActorCritic:
             bounds=bounds,
             device=device,
             exploration=Exploration(self._schedule),
+            data_parallel=wrappers,
         )
         self.finish_init(state)
         learning = learning_of(
@@ -362,6 +367,7 @@ class ActorCritic:
             reward_scale=lambda: state.reward_scale,
             loss_weights=lambda: state.loss_weights,
             changes_on_host="meta adds a loss of its own to the policy's" if shapes_policy_loss(state) else None,
+            data_parallel=state.data_parallel,
         )
 
 

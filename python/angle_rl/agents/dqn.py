@@ -31,6 +31,7 @@ from angle_rl.agents.state import (
 )
 from angle_rl.config import AgentConfig
 from angle_rl.engines.base import NextValues, PolicyLoss, Update
+from angle_rl.engines.data_parallel import check_device, taken_out
 from angle_rl.meta.base import Learning
 from angle_rl.models import QNetwork
 from angle_rl.types import Array, Batch, RandomKey, RLState, UpdateSpec
@@ -115,7 +116,8 @@ class DQN:
         refuse_options(options, ("policy",), self.name)
         observation_space, action_space = options["observation_space"], options["action_space"]
         actions, first_action = discrete_actions(action_space, self.name)
-        critics, replay = options.get("critics"), options.get("replay")
+        given, wrappers = taken_out({"critics": options.get("critics")})
+        critics, replay = given["critics"], options.get("replay")
         hyperparameters = self._hyperparameters
         device = torch.device(self.config.training.device)
         if replay is None:
@@ -133,6 +135,7 @@ class DQN:
                 )
         elif not isinstance(critics, torch.nn.Module):
             raise TypeError(f"critics is a {type(critics).__name__}; it must be a module, observations -> q")
+        check_device(wrappers, device)
         critics = critics.to(device)
         state = DQNState(
             critics=critics,
@@ -145,6 +148,7 @@ class DQN:
             exploration=first_exploration(hyperparameters),
             actions=actions,
             first_action=first_action,
+            data_parallel=wrappers,
         )
         begin_meta(state, self._learning(state))
         state.engine = configured_engine(self.config, self._spec(), self._update_parts(state))
@@ -263,6 +267,7 @@ class DQN:
             entropy_coefficient=lambda: None,
             set_entropy_coefficient=_no_entropy_coefficient,
             reward_scale=lambda: state.reward_scale,
+            data_parallel=state.data_parallel,
         )
 
 

@@ -99,6 +99,8 @@ def learning_of(
 def begin_meta(state: LearnerState, learning: Learning) -> None:
     """Bind what was passed as `meta` to the agent, where it can be. ValueError where it cannot learn about this one."""
     if hasattr(state.meta, "bind"):
+        if state.data_parallel:
+            raise ValueError("networks are in DistributedDataParallel; meta-learners learn in one process only")
         state.meta.bind(learning)
 
 

@@ -13,6 +13,7 @@ from angle_rl.agents.optimizers import adam
 from angle_rl.agents.state import ActorCriticState
 from angle_rl.config import Hyperparameters
 from angle_rl.engines.base import NextValues, PolicyLoss
+from angle_rl.engines.data_parallel import averaged
 from angle_rl.models import SquashedGaussianPolicy
 from angle_rl.types import Batch, RandomKey
 
@@ -89,12 +90,14 @@ def start_entropy_coefficient(state: ActorCriticState, hyperparameters: Hyperpar
 def learn_entropy_coefficient(state: ActorCriticState, log_prob: torch.Tensor, target_entropy: float | None) -> None:
     """One step of the coefficient, in its logarithm, if it is learned; ``log_prob`` is ``[batch]``.
 
-    The loss is -log(alpha) * mean(log pi + target entropy): its gradient needs no backward pass.
+    The loss is -log(alpha) * mean(log pi + target entropy): its gradient needs no backward pass. Where processes learn
+    together, the mean is over all of them.
     """
     log_coefficient = state.log_entropy_coefficient
     if log_coefficient is None or target_entropy is None:
         return
-    log_coefficient.grad = -(log_prob.detach().mean() + target_entropy)
+    mean = averaged(state.data_parallel.get("policy"), log_prob.detach().mean())
+    log_coefficient.grad = -(mean + target_entropy)
     state.optimizers["entropy_coefficient"].step()
     state.entropy_coefficient = log_coefficient.detach().exp()
 

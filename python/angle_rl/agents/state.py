@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from angle_rl._core import MAX_STREAMS
 from angle_rl.agents.base import crossings
@@ -84,6 +85,8 @@ class LearnerState:
     reward_scale: float = 1.0  # what all rewards are multiplied by
     last_update: UpdateResult | None = None  # the newest update's batch, values and losses
     learner: Learner | None = None  # takes the updates apart from the steps; None: they are taken where they are due
+    # "critics" and "policy" in DistributedDataParallel, where they were passed so; the fields hold what is inside
+    data_parallel: dict[str, DistributedDataParallel] = field(default_factory=dict)
     engine: Engine = field(init=False)
 
     def acting(self) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from angle_rl.types import Batch, RandomKey
 
@@ -65,6 +66,8 @@ class Update:
     reward_scale: Callable[[], float]  # what all rewards are multiplied by
     # [critics] float64, what each critic's part of the loss is multiplied by; None: 1 each
     loss_weights: Callable[[], torch.Tensor | None] = lambda: None
+    # "critics" and "policy", where processes learn together: the wrappers that have the networks above inside
+    data_parallel: Mapping[str, DistributedDataParallel] = field(default_factory=dict)
     # Why the callables cannot be recorded once and launched again and again, in a few words; None: they can. Those that
     # can read nothing that changes from update to update but tensors in place and what stands above.
     changes_on_host: str | None = None

@@ -119,6 +119,7 @@ def _check_equations(spec: UpdateSpec) -> None:
 
 def _check_networks(spec: UpdateSpec, update: Update) -> dict[str, nn.Module]:
     """The networks by name, each of them an MLP of ours that nothing was added to."""
+    _require(not update.data_parallel, "the networks are in DistributedDataParallel")
     _require(update.device.type == "cpu", f"the networks are on {update.device}")
     _require(not torch_modules._has_any_global_hook(), "all modules have hooks")  # type: ignore[no-untyped-call]
     policy_kind = POLICIES[spec.next_value, spec.policy_loss]

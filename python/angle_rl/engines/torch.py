@@ -9,11 +9,16 @@ import torch
 
 from angle_rl import ops
 from angle_rl.engines.base import PolicyLoss, Update, UpdateResult, one_by_one, target_pairs, without_gradients
+from angle_rl.engines.data_parallel import everywhere, through
 from angle_rl.types import Batch, RandomKey, UpdateSpec
 
 
 class TorchEngine:
-    """Executes updates with autograd. One thread at a time; its randomness is the key's and the replay's."""
+    """Executes updates with autograd. One thread at a time; its randomness is the key's and the replay's.
+
+    Networks in DistributedDataParallel take a step down the mean of all processes' losses, or none if one of these is
+    not finite: so they stay equal. Every process has to take the same updates then.
+    """
 
     name = "torch"
 
@@ -21,6 +26,7 @@ class TorchEngine:
         self.why = why
         self._spec = spec
         self._update = update
+        self._wrappers = update.data_parallel
         self._critic_parameters = [p for p in update.critics.parameters() if p.requires_grad]
         self._pairs = target_pairs(update)
         self._sample_device = None if update.device.type == "cpu" else update.device
@@ -37,9 +43,12 @@ class TorchEngine:
         scale = update.reward_scale()
         rewards = batch.rewards if scale == 1.0 else batch.rewards * scale
         critic_weights = unlike_one(update.loss_weights())
-        q, critic_loss, td_error = critics_loss(spec, update, batch, rewards, critic_weights, target_key)
+        q, critic_loss, td_error = through(
+            self._wrappers.get("critics"),
+            lambda: critics_loss(spec, update, batch, rewards, critic_weights, target_key),
+        )
         result = UpdateResult(
-            finite=_is_finite(critic_loss),
+            finite=self._is_finite("critics", critic_loss),
             batch=batch,
             q=q.detach(),
             critic_loss=critic_loss.detach(),
@@ -90,9 +99,15 @@ class TorchEngine:
         it was finite and taken.
         """
         with without_gradients(self._critic_parameters):
-            learned = self._update.policy_loss(batch, key)
-            stepped = _is_finite(learned.loss) and self._descend(learned.loss, self._update.optimizers["policy"])
+            learned = through(self._wrappers.get("policy"), lambda: self._update.policy_loss(batch, key))
+            stepped = self._is_finite("policy", learned.loss) and self._descend(
+                learned.loss, self._update.optimizers["policy"]
+            )
         return learned, stepped
+
+    def _is_finite(self, network: str, loss: torch.Tensor) -> bool:
+        """Whether a network's loss is finite, in all processes where there are several."""
+        return everywhere(self._wrappers.get(network), _is_finite(loss))
 
     def _descend(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> bool:
         """A step down the loss; False, and no step, where a gradient is not finite."""

@@ -169,11 +169,8 @@ class ReplayBuffer:
                 **self._core_priorities(options),
             )
 
-        self._core: Any = (
-            on_device.DeviceCore(lambda: make("private", ""), self._device)
-            if resident
-            else make(place.kind, place.target)
-        )
+        core: Any = on_device.DeviceCore(lambda: make("private", ""), self._device) if resident else None
+        self._core: _core.Replay = make(place.kind, place.target) if core is None else core
         if place.kind == "named":
             self._end = sharing.take_name_away(self)
 
@@ -298,15 +295,19 @@ class ReplayBuffer:
         exponent as they are now, it comes after earlier calls, and what the device has refused is raised.
         """
         _, _, discount, exponent, _ = self._sample_arguments(1)
-        self._core.refresh(discount, exponent)
+        self._there().refresh(discount, exponent)
 
     def launched(self) -> None:
         """After such a graph was launched on the current stream: calls on other streams will wait for it."""
-        self._core.launched()
+        self._there().launched()
 
     def _host_core(self) -> _core.Replay:
         """The core, or, where that is on a device, a copy of it in host memory."""
-        core: _core.Replay = self._core.pull() if self.resident else self._core
+        return self._there().pull() if self.resident else self._core
+
+    def _there(self) -> on_device.DeviceCore:
+        core: Any = self._core  # made to be used as the host's is
+        assert isinstance(core, on_device.DeviceCore)
         return core
 
     @property
@@ -421,7 +422,7 @@ class ReplayBuffer:
         if tensor.dim() != 1:
             raise ValueError(f"handles has the shape {tuple(tensor.shape)}; it must be (n,)")
         if self.resident:
-            return self._core.remove_rows(on_device.there(self._core, tensor))
+            return self._there().remove_rows(tensor)
         return self._core.remove(tensor.data_ptr(), tensor.numel())
 
     # ---- batches out ----

@@ -54,7 +54,7 @@ class DeviceCore:
         self._flags = torch.zeros(self._kernels.FLAG_WORDS, dtype=torch.int64, pin_memory=self._real)
         self._told = self._flags.numpy()
         self._live = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self._event: Any = torch.cuda.Event() if self._real else None
+        self._event: Any = torch.cuda.Event() if self._real else None  # type: ignore[no-untyped-call]
         self._last_stream = 0
         self._loading: _core.Replay | None = None
         self.capacity: int = twin.capacity
@@ -167,6 +167,7 @@ class DeviceCore:
 
     def remove_rows(self, handles: torch.Tensor) -> int:
         """Take rows out of the draws; how many were refused. Waits for the device."""
+        handles = there(self, handles)
         refused = torch.zeros((), dtype=torch.int64, device=self.device)
         if handles.numel() > 0:
             self._launch(self._calls.remove, handles.data_ptr(), handles.numel(), refused.data_ptr())
@@ -307,8 +308,9 @@ def sample(
     return batch
 
 
-def update_priorities(core: DeviceCore, handles: Any, td_errors: Any) -> torch.Tensor:
+def update_priorities(buffer: Any, handles: Any, td_errors: Any) -> torch.Tensor:
     """:meth:`PrioritizedReplayBuffer.update_priorities` on a device: how many were refused is a number there."""
+    core: DeviceCore = buffer._core
     core.check()
     if not (isinstance(handles, torch.Tensor) and handles.device == core.device):
         handles = handle_tensor(handles)
@@ -386,12 +388,14 @@ def _tensors_there(core: DeviceCore, schema: Schema, leaves: list[torch.Tensor],
 
 def _brought_over(core: DeviceCore, schema: Schema, transition: tuple[Any, ...], ends: tuple[Any, ...]) -> Columns:
     """Host arrays, checked as the host's insert checks them, and copied in one piece."""
-    from_host = (value.cpu() if isinstance(value, torch.Tensor) and value.is_cuda else value for value in transition)
+    observations, actions, rewards, next_observations = (
+        value.cpu() if isinstance(value, torch.Tensor) and value.is_cuda else value for value in transition
+    )
     terminated, truncated, streams, priorities = ends
     if type(streams) is int:
         streams = np.int64(streams if 0 <= streams < _core.MAX_STREAMS else -1)  # with all others that are refused
     columns, terminated, truncated, streams, priorities = convert_rows(
-        schema, *from_host, terminated, truncated, streams, priorities
+        schema, observations, actions, rewards, next_observations, terminated, truncated, streams, priorities
     )
     n = len(terminated)
     _require_room(core, n)

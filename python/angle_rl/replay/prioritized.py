@@ -163,7 +163,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         Any thread. On a device the values are looked at there, and what does not fit is raised by a later call.
         """
         if self.resident:
-            return on_device.update_priorities(self._core, handles, td_errors)
+            return on_device.update_priorities(self, handles, td_errors)
         handles = handle_tensor(handles)
         if not (
             type(td_errors) is torch.Tensor
