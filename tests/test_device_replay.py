@@ -229,6 +229,24 @@ def test_bad_priorities_are_told_by_a_later_call_and_nothing_is_applied(n, bad):
     assert_alike(host, there)
 
 
+@pytest.mark.parametrize("n", [8, 2000])
+def test_a_call_is_left_out_where_the_device_says_so(place, n):
+    host, there = pair(capacity=2000)
+    for buffer in (host, there):
+        buffer.insert(*rows(np.arange(2000)))
+    holds = torch.tensor(False, device=place)
+    assert int(there.update_priorities(np.arange(n), np.full(n, np.nan), where=holds)) == 0
+    holds.fill_(True)
+    assert int(there.update_priorities(np.arange(n), np.arange(n), where=holds)) == 0
+    host.update_priorities(np.arange(n), np.arange(n))
+    assert_alike(host, there)
+    for wrong in (torch.tensor([True, False]), torch.tensor(1)):
+        with pytest.raises(ValueError, match=r"it must be one torch\.bool"):
+            there.update_priorities(np.arange(n), np.arange(n), where=wrong.to(place))
+    with pytest.raises(ValueError, match="only buffers on a device"):
+        host.update_priorities(np.arange(n), np.arange(n), where=holds)
+
+
 def test_rows_that_do_not_fit_are_told_by_a_later_call_and_not_stored(place):
     there = PrioritizedReplayBuffer(8, SCHEMA, device="cuda")
     there.insert(*rows(np.arange(5)))

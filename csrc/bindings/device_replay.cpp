@@ -118,9 +118,10 @@ class DeviceReplay {
     check_launch(angle_replay_sample(&p, at<void>(stream)), "replay_sample");
   }
 
-  // claims: [2 + claim_count] zeros where n is above few_handles, else 0. refused: one int64, 0.
+  // claims: [2 + claim_count] zeros where n is above FEW_HANDLES, else 0. refused: one int64, 0. where: one bool, False
+  // to do nothing; 0: none.
   void update(uintptr_t handles, uintptr_t td_errors, bool is_double, uint64_t n, uintptr_t claims,
-              uint64_t claim_count, uintptr_t refused, uintptr_t stream) const {
+              uint64_t claim_count, uintptr_t refused, uintptr_t where, uintptr_t stream) const {
     const UpdateParams p{view_,
                          scratch_,
                          flags_,
@@ -130,6 +131,7 @@ class DeviceReplay {
                          at<uint64_t>(claims),
                          claim_count,
                          at<int64_t>(refused),
+                         at<const uint8_t>(where),
                          is_double ? 1u : 0u};
     check_launch(angle_replay_update(&p, at<void>(stream)), "replay_update");
   }
@@ -188,7 +190,8 @@ void bind_device_replay(py::module_& m) {
            py::arg("discount"), py::arg("importance_exponent"), py::arg("how"), py::arg("key"), py::arg("live"),
            py::arg("stream"))
       .def("update", &DeviceReplay::update, py::arg("handles"), py::arg("td_errors"), py::arg("is_double"),
-           py::arg("n"), py::arg("claims"), py::arg("claim_count"), py::arg("refused"), py::arg("stream"))
+           py::arg("n"), py::arg("claims"), py::arg("claim_count"), py::arg("refused"), py::arg("where"),
+           py::arg("stream"))
       .def("remove", &DeviceReplay::remove, py::arg("handles"), py::arg("n"), py::arg("refused"), py::arg("stream"))
       .def("reweigh", &DeviceReplay::reweigh, py::arg("stream"));
 }

@@ -767,8 +767,11 @@ ANGLE_DEVICE void update_one(const View& view, const UpdateParams& p, Claims cla
   change_weight(view, shared.counts, at.slot, old_leaf, leaf);
 }
 
+ANGLE_DEVICE bool is_left_out(const UpdateParams& p) { return p.where != nullptr && *p.where == 0; }
+
 // Tells what was bad, if anything was: nothing of the call is applied then.
 ANGLE_DEVICE bool is_refused(const UpdateParams& p, const FirstBad& bad, bool tells) {
+  if (is_left_out(p)) return true;
   if (bad.td_error == 0 && bad.handle == 0) return false;
   if (!tells) return true;
   const uint64_t i = p.n - (bad.td_error != 0 ? bad.td_error : bad.handle);
@@ -809,6 +812,7 @@ struct UpdateFew {
       if (thread == 0) shared.bad = {0, 0};
     });
     block.each_thread([&](uint32_t thread) {
+      if (is_left_out(p)) return;
       for (uint64_t i = thread; i < p.n; i += block.threads) claim_one(view, p, claims, &shared.bad, i);
     });
     block.each_thread([&](uint32_t thread) {
@@ -834,7 +838,7 @@ struct ClaimMany {
     const Claims claims{p.claims + 2, p.claim_count - 1};
     block.each_thread([&](uint32_t thread) {
       const uint64_t i = uint64_t{block.index} * block.threads + thread;
-      if (i < p.n) claim_one(view, p, claims, reinterpret_cast<FirstBad*>(p.claims), i);
+      if (i < p.n && !is_left_out(p)) claim_one(view, p, claims, reinterpret_cast<FirstBad*>(p.claims), i);
     });
   }
 };

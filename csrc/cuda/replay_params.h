@@ -112,6 +112,7 @@ struct UpdateParams {
   uint64_t* claims;      // [2 + claim_count] zeros, not read where n is small
   uint64_t claim_count;  // a power of two, at least 2 n
   int64_t* refused;      // one number, 0
+  const uint8_t* where;  // one truth value: 0: nothing is looked at or changed; null: as if it were 1
   uint32_t is_double;
 };
 

@@ -297,8 +297,8 @@ class ReplayBuffer:
         _, _, discount, exponent, _ = self._sample_arguments(1)
         self._there().refresh(discount, exponent)
 
-    def launched(self) -> None:
-        """After such a graph was launched on the current stream: calls on other streams will wait for it."""
+    def launched(self, samples: int = 1) -> None:
+        """After such a graph, of so many draws, was launched on the current stream: calls on others wait for it."""
         self._there().launched()
 
     def _host_core(self) -> _core.Replay:

@@ -143,7 +143,7 @@ class DeviceCore:
         numbers = torch.tensor([discount, importance_exponent], dtype=torch.float64, pin_memory=self._real)
         self._live.copy_(numbers, non_blocking=True)
 
-    def update(self, handles: torch.Tensor, td_errors: torch.Tensor) -> torch.Tensor:
+    def update(self, handles: torch.Tensor, td_errors: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
         """Launch new priorities; how many will have been refused, as a number on the device."""
         n = handles.numel()
         refused = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -162,6 +162,7 @@ class DeviceCore:
             0 if claims is None else claims.data_ptr(),
             count,
             refused.data_ptr(),
+            0 if where is None else where.data_ptr(),
         )
         return refused
 
@@ -308,7 +309,7 @@ def sample(
     return batch
 
 
-def update_priorities(buffer: Any, handles: Any, td_errors: Any) -> torch.Tensor:
+def update_priorities(buffer: Any, handles: Any, td_errors: Any, where: torch.Tensor | None) -> torch.Tensor:
     """:meth:`PrioritizedReplayBuffer.update_priorities` on a device: how many were refused is a number there."""
     core: DeviceCore = buffer._core
     core.check()
@@ -329,7 +330,11 @@ def update_priorities(buffer: Any, handles: Any, td_errors: Any) -> torch.Tensor
         )
     if handles.numel() > core._kernels.MOST_AT_ONCE:
         raise ValueError(f"handles has {handles.numel()} rows; on a device a call takes at most 2**24")
-    return core.update(handles, td_errors)
+    if where is not None and (where.dtype != torch.bool or where.numel() != 1 or where.device != core.device):
+        raise ValueError(
+            f"where is {where.dtype} {tuple(where.shape)} on {where.device}; it must be one torch.bool on {core.device}"
+        )
+    return core.update(handles, td_errors, where)
 
 
 def there(core: DeviceCore, tensor: torch.Tensor) -> torch.Tensor:

@@ -144,12 +144,14 @@ class PrioritizedReplayBuffer(ReplayBuffer):
             exponent = check_number("importance_exponent", exponent, 0.0)
         self._importance_exponent = exponent
 
-    def update_priorities(self, handles: Any, td_errors: Any) -> Any:
+    def update_priorities(self, handles: Any, td_errors: Any, *, where: torch.Tensor | None = None) -> Any:
         """Give rows new priorities.
 
         Args:
             handles: int64 ``[n]``, from :meth:`insert` or ``Batch.handles``. Of equal handles the last one wins.
             td_errors: float32 or float64 ``[n]``, finite and not negative: |target - estimate|, mean over critics.
+            where: one bool on the device of a buffer there: while False, nothing is looked at or changed. So a captured
+                graph can leave out an update that was not finite.
 
         Returns:
             How many handles were refused because their row has been overwritten or removed since: an int, or, of a
@@ -163,7 +165,9 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         Any thread. On a device the values are looked at there, and what does not fit is raised by a later call.
         """
         if self.resident:
-            return on_device.update_priorities(self, handles, td_errors)
+            return on_device.update_priorities(self, handles, td_errors, where)
+        if where is not None:
+            raise ValueError("where is given; only buffers on a device look at it there, elsewhere leave the call out")
         handles = handle_tensor(handles)
         if not (
             type(td_errors) is torch.Tensor
