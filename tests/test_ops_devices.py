@@ -151,6 +151,17 @@ def test_float32_and_bfloat16_meet_as_in_torch(place, narrow):
         torch.testing.assert_close(fast, plain, rtol=3e-2, atol=3e-2)  # dtypes are compared, too
 
 
+@pytest.mark.parametrize("narrow", range(4))
+def test_operators_of_mixed_types_pass_opcheck(place, narrow):
+    dtypes = [HALF if place_of == narrow else SINGLE for place_of in range(3)]
+    q, target, weights = (tensor.to(dtype) for tensor, dtype in zip(loss_inputs(place, 2, 37), dtypes, strict=True))
+    torch.library.opcheck(fused.twin_q_loss_op, (q.requires_grad_(), target, weights, 0.5))
+    coefficient = torch.tensor(0.3, device=place)
+    torch.library.opcheck(fused.twin_q_target_op, (target, weights, q.detach(), target, coefficient))
+    inputs = [draw(place, seed, 9, 6, dtype=dtype) for seed, dtype in zip((4, 5, 6), dtypes, strict=True)]
+    torch.library.opcheck(fused.squashed_gaussian_op, (inputs[0].requires_grad_(), *inputs[1:]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, HALF, SINGLE, torch.float64])
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_the_coefficient_is_read_where_it_lies(place, dtype, shape):
