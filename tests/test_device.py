@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from angle_rl import _core, _cuda_host, device
+from angle_rl import _cuda_host, device
 from angle_rl.types import RandomKey
 
 KEYS = [0, 1, 2**63 - 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15]
@@ -66,7 +66,7 @@ def test_a_build_without_kernels_says_what_was_missing(monkeypatch):
         device.backend("cuda:0")
 
 
-@pytest.mark.skipif(not _core.has_cuda_compiler, reason="no kernels for CUDA devices in this build")
+@pytest.mark.skipif(not device.CUDA_KERNELS, reason="no kernels for CUDA devices in this build")
 def test_a_build_with_kernels_loads_them_on_any_machine():
     kernels = device.backend("cuda")
     assert kernels.__name__ == "angle_rl._cuda"

@@ -278,6 +278,6 @@ def test_every_operation_runs_on_the_device_alone(place, monkeypatch):
     run, results, _ = every_operation(place)
     for name in ("twin_q_target", "twin_q_loss", "squashed_gaussian"):
         monkeypatch.setattr(ops, f"_{name}_formula", None)
-    monkeypatch.setattr(fused, "_core", type("OnlyWhetherThereAreKernels", (), {"has_cuda_compiler": True}))
+    monkeypatch.setattr(fused, "_core", None)
     run()
     assert all(value.isfinite().all() for value in results.values())

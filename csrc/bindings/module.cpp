@@ -13,7 +13,6 @@ namespace py = pybind11;
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled core of angle_rl: replay and fused operations. Use it through angle_rl.replay and angle_rl.ops.";
   m.attr("__version__") = ANGLE_VERSION;
-  m.attr("has_cuda_compiler") = static_cast<bool>(ANGLE_HAS_CUDA_COMPILER);
   m.def("isa", [] { return angle::kernels().isa; }, "Name of the instruction set in use.");
   m.def(
       "available_isas",

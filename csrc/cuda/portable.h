@@ -44,6 +44,8 @@ ANGLE_DEVICE void raise(uint64_t* at, uint64_t value) {
 ANGLE_DEVICE void lower(uint64_t* at, uint64_t value) {
   atomicMin(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
 }
+// A value that other blocks have changed during this kernel.
+ANGLE_DEVICE uint64_t fresh(const uint64_t* at) { return *const_cast<const volatile uint64_t*>(at); }
 // What was there; `desired` is there now if that was `expected`.
 ANGLE_DEVICE uint64_t swap_if(uint64_t* at, uint64_t expected, uint64_t desired) {
   return atomicCAS(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(expected),
@@ -64,6 +66,7 @@ ANGLE_DEVICE uint32_t add_and_tell(uint32_t* at, uint32_t by) {
 }
 ANGLE_DEVICE void raise(uint64_t* at, uint64_t value) { *at = value > *at ? value : *at; }
 ANGLE_DEVICE void lower(uint64_t* at, uint64_t value) { *at = value < *at ? value : *at; }
+ANGLE_DEVICE uint64_t fresh(const uint64_t* at) { return *at; }
 ANGLE_DEVICE uint64_t swap_if(uint64_t* at, uint64_t expected, uint64_t desired) {
   const uint64_t found = *at;
   if (found == expected) *at = desired;

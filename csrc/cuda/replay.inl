@@ -503,7 +503,7 @@ struct SampleRows {
     }
     block.each_thread([&](uint32_t thread) {
       if (thread != 0) return;
-      const uint64_t smallest = p.scratch->smallest;
+      const uint64_t smallest = fresh(&p.scratch->smallest);
       p.scratch->least = shared.lowest < smallest ? shared.lowest : smallest;
       p.scratch->smallest = ~0ull;
       p.scratch->finished = 0;

@@ -7,7 +7,7 @@ import numpy
 import numpy.typing
 import typing
 import typing_extensions
-__all__: list[str] = ['ActingNetwork', 'CopyFloor', 'Learner', 'MAX_STREAMS', 'Prefetch', 'ProductFloor', 'RaceOptions', 'Replay', 'ReplayFloor', 'Segment', 'SmallReplayFloor', 'available_isas', 'has_bfloat16', 'has_cuda_compiler', 'isa', 'most_acting_rows', 'philox_normal_f32', 'philox_normal_f64', 'philox_split', 'philox_uniform', 'squashed_gaussian_f32', 'squashed_gaussian_f64', 'squashed_gaussian_gradient_f32', 'squashed_gaussian_gradient_f64', 'twin_q_loss_f32', 'twin_q_loss_f64', 'twin_q_target_f32', 'twin_q_target_f64', 'update_targets_f32', 'update_targets_f64']
+__all__: list[str] = ['ActingNetwork', 'CopyFloor', 'Learner', 'MAX_STREAMS', 'Prefetch', 'ProductFloor', 'RaceOptions', 'Replay', 'ReplayFloor', 'Segment', 'SmallReplayFloor', 'available_isas', 'has_bfloat16', 'isa', 'most_acting_rows', 'philox_normal_f32', 'philox_normal_f64', 'philox_split', 'philox_uniform', 'squashed_gaussian_f32', 'squashed_gaussian_f64', 'squashed_gaussian_gradient_f32', 'squashed_gaussian_gradient_f64', 'twin_q_loss_f32', 'twin_q_loss_f64', 'twin_q_target_f32', 'twin_q_target_f64', 'update_targets_f32', 'update_targets_f64']
 class RaceOptions:
     """
     Threads of Replay.race: `inserters` insert row after row, `learners` sample `batch` rows and update their priorities, for `seconds`; every `check_every`-th batch is checked. The rows are HalfCheetah's, numbered from `first_row`; the inserters' streams from `first_stream`.
@@ -331,5 +331,4 @@ def update_targets_f64(targets: collections.abc.Sequence[typing.SupportsInt | ty
     """
 MAX_STREAMS: int = 65536
 __version__: str = '0.1.0'
-has_cuda_compiler: bool = True
 most_acting_rows: int = 8

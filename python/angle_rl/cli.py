@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from angle_rl.config import AgentConfig, config_from_dict, read_config
+from angle_rl.device import CUDA_KERNELS
 
 USAGE = """usage: angle COMMAND ...
 
@@ -167,11 +168,11 @@ def info(arguments: list[str]) -> int:
         return _refuse(str(error))
     threads = config.training.threads or torch.get_num_threads()
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
-    compiler = "with" if _core.has_cuda_compiler else "without"
+    kernels = "with" if CUDA_KERNELS else "without"
     print(f"angle-rl  {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
     print(f"ISA       {_core.isa()} (this machine can run {', '.join(_core.available_isas())})")
     print(f"threads   {threads}")
-    print(f"CUDA      {cuda} (torch: {torch.version.cuda or 'CPU build'}; built {compiler} a CUDA compiler)")
+    print(f"CUDA      {cuda} (torch: {torch.version.cuda or 'CPU build'}; built {kernels} device kernels)")
     print(f"engine    {describe_engine(config.training.engine, device=config.training.device)}")
     return 0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from angle_rl import _cuda_host
 
 __all__ = [
+    "CUDA_KERNELS",
     "backend",
     "current_stream",
     "emulated",
@@ -30,6 +32,9 @@ __all__ = [
     "normals",
     "uniforms",
 ]
+
+CUDA_KERNELS = find_spec("angle_rl._cuda") is not None
+"""Whether this build has kernels for CUDA devices"""
 
 _emulated = False
 

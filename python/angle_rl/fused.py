@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from angle_rl import _core
-from angle_rl.device import backend, is_emulated, launch
+from angle_rl.device import CUDA_KERNELS, backend, is_emulated, launch
 
 Three: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
@@ -33,7 +33,7 @@ def has_kernel(first: Tensor, *others: Tensor) -> bool:
         if any(tensor.dtype != dtype or not tensor.is_cpu for tensor in others):
             return False
     else:
-        if dtype not in _KINDS or not (first.is_cpu or (first.is_cuda and _core.has_cuda_compiler)):
+        if dtype not in _KINDS or not (first.is_cpu or (first.is_cuda and CUDA_KERNELS)):
             return False
         place, wide = first.device, dtype == torch.float64
         for tensor in others:
