@@ -20,7 +20,7 @@ commands:
   plot        draw learning curves: angle plot RUN [RUN ...] [--out FILE.png]
   presets     configs for known environments, with the scores that they reached
   info        version, instruction set, threads, CUDA, and the engine of a config: angle info [--config FILE]
-  bench       measure: angle bench replay|update|meta|meta-study ...
+  bench       measure: angle bench replay|update|gpu|meta|meta-study ...
 
 `angle COMMAND --help` says more.
 """
@@ -178,10 +178,10 @@ def info(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """`angle bench replay|update|meta|meta-study`: the rest of the arguments is the benchmark's."""
-    if not arguments or arguments[0] not in ("replay", "update", "meta", "meta-study"):
+    """`angle bench replay|update|gpu|meta|meta-study`: the rest of the arguments is the benchmark's."""
+    if not arguments or arguments[0] not in ("replay", "update", "gpu", "meta", "meta-study"):
         asked = arguments and arguments[0] in ("-h", "--help")
-        print("usage: angle bench replay|update|meta|meta-study ...", file=sys.stdout if asked else sys.stderr)
+        print("usage: angle bench replay|update|gpu|meta|meta-study ...", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     code: int = importlib.import_module(f"angle_rl.bench.{arguments[0].replace('-', '_')}").main(arguments[1:])
     return code

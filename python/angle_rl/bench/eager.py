@@ -36,7 +36,8 @@ class TorchRows(NamedTuple):
     terminated: torch.Tensor
 
 
-def _as_tensors(rows: Sequence[npt.NDArray[Any]]) -> TorchRows:
+def as_tensors(rows: Sequence[npt.NDArray[Any]]) -> TorchRows:
+    """The columns as tensors, without a copy where that can be."""
     observations, actions, rewards, next_observations, terminated = map(torch.as_tensor, rows)
     return TorchRows(observations, actions, rewards, next_observations, terminated.to(torch.float32))
 
@@ -126,7 +127,7 @@ class CleanRLStyle:
     def sample(self, batch: int) -> TorchRows:
         """A uniform batch as fresh tensors."""
         indices = np.random.randint(0, self.size, size=batch)  # noqa: NPY002 - as such implementations do
-        return _as_tensors([column[indices] for column in self.columns])
+        return as_tensors([column[indices] for column in self.columns])
 
     def act(self, observation: Any) -> Any:
         """One action for one observation."""
@@ -326,7 +327,7 @@ def check_same_numbers(batch: int = 64) -> None:
     )
     plain.fill(rows)
     tuned.fill(rows)
-    whole = _as_tensors(plain.columns)
+    whole = as_tensors(plain.columns)
     noise = torch.from_numpy(generator.normal(size=(batch, ACTION)).astype(np.float32))
     pairs = {
         "critic loss": (plain.critic_loss(whole, noise), tuned.critic_loss(tuned.rows, noise)),

@@ -181,7 +181,8 @@ def _flatness(rows: Sequence[Row]) -> list[Verdict]:
     return found
 
 
-def _figure(value: float | None) -> str:
+def shown(value: float | None) -> str:
+    """A figure as tables have it."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -192,13 +193,13 @@ def goals_table(verdicts: Iterable[Verdict]) -> str:
     head = f"{'goal':<58}{'measured':>12}{'goal':>14}  {'':<20}{'best peer':>12}{'':<14}{'floor':>12}"
     lines = [f"{head}{'x floor':>9}{'goal':>7}"]
     for verdict in verdicts:
-        limit = f"{'>=' if verdict.at_least else '<='} {_figure(verdict.limit)}"
+        limit = f"{'>=' if verdict.at_least else '<='} {shown(verdict.limit)}"
         peer = f" ({verdict.peer_name})" if verdict.peer_name else ""
         floors = verdict.floors
         times = "" if floors is None else f"{floors[0]:>9.2f}{floors[1]:>7.2f}"
         lines.append(
-            f"{verdict.work + ', ' + verdict.unit:<58}{_figure(verdict.measured):>12}{limit:>14}  "
-            f"{verdict.words():<20}{_figure(verdict.peer):>12}{peer:<14}{_figure(verdict.floor):>12}{times}".rstrip()
+            f"{verdict.work + ', ' + verdict.unit:<58}{shown(verdict.measured):>12}{limit:>14}  "
+            f"{verdict.words():<20}{shown(verdict.peer):>12}{peer:<14}{shown(verdict.floor):>12}{times}".rstrip()
         )
     return "\n".join(lines)
 

@@ -102,14 +102,15 @@ class Angle:
         engine: str = "torch",
         updates: int = 1,
         threads: int = 1,
+        device: str = "cpu",
         replay: Any = None,
         meta: Any = None,
         **fields: Any,
     ) -> None:
         """RuntimeError where this version has no such engine, or it does not take these networks.
 
-        `replay`: another of ours, to learn from its rows; None: one of its own. `meta`: a meta trainer. `fields`: more
-        of the config.
+        `device`: where the networks are, and a replay of its own. `replay`: another of ours, to learn from its rows;
+        None: one of its own. `meta`: a meta trainer. `fields`: more of the config.
         """
         self.name, self.updates = f"angle-{engine}", updates
         absent = set(fields) - set(known_fields(**fields))
@@ -118,7 +119,8 @@ class Angle:
         if absent:
             raise RuntimeError(f"not in this version: {', '.join(sorted(absent))}")
         try:
-            self.config = AgentConfig(training=Training(environment=ENVIRONMENT, engine=engine)).replace(  # type: ignore[arg-type]
+            training = Training(environment=ENVIRONMENT, engine=engine, device=device)  # type: ignore[arg-type]
+            self.config = AgentConfig(training=training).replace(
                 agent="sac",
                 batch_size=sizes.batch,
                 hidden_sizes=sizes.hidden_sizes,

@@ -23,6 +23,7 @@ OURS = (  # names of our own libraries in a table
     "angle-torch",
     "angle-native",
     "angle-native-bf16",
+    "angle-cuda_graph",
 )
 FLOOR = "floor"  # name of the machine's floor in a table
 PEERS = (
