@@ -1,16 +1,15 @@
-"""A replay that keeps to the graph engine's contract in the host's memory, and agents beside each other."""
+"""Agents beside each other on both engines, and what stands in for a device's graphs, for the tests of one of them."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 from engine_parts import ACTIONS, NAMES, made, spec_of
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from angle_rl import device, fused
 from angle_rl.agents import DDPG, DQN, SAC, TD3, DiscreteSAC
-from angle_rl.engines import CudaGraphEngine, cuda_graph, graph_keys
+from angle_rl.engines import CudaGraphEngine, cuda_graph
 from angle_rl.engines.masked import state_tensors
 from angle_rl.models import PolicyModel
 from angle_rl.replay import PrioritizedReplayBuffer
@@ -79,51 +78,28 @@ def own_networks(outputs):
         return {"policy": OwnPolicy(outputs), "critics": OwnCritics()}
 
 
-@contextmanager
-def as_a_kernel():
-    """Inside, no mode of torch's looks on: as a kernel would work."""
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
-        yield
-
-
 class ResidentReplay(PrioritizedReplayBuffer):
-    """Stands in for a replay whose rows are on the device."""
-
-    resident = True
+    """A replay on a device, or as on one under `emulated()`, that counts what the engine tells it."""
 
     def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+        super().__init__(*args, device="cuda", **options)
         self.refreshed = 0
         self.drawn = 0
 
     def refresh(self):
         self.refreshed += 1
+        super().refresh()
 
     def launched(self, samples):
         self.drawn += samples
-
-    def sample(self, *args, out=None, **options):
-        if out is not None and Tape.recording is not None:
-            Tape.recording.steps.append(lambda: self.sample(*args, out=out, **options))
-            return out
-        with as_a_kernel():
-            return super().sample(*args, out=out, **options)
-
-    def update_priorities(self, handles, td_errors, where=None):
-        if Tape.recording is not None:
-            Tape.recording.steps.append(lambda: self.update_priorities(handles, td_errors, where))
-            return torch.zeros((), dtype=torch.int64)
-        with as_a_kernel():
-            if where is not None and not where.item():
-                return torch.zeros((), dtype=torch.int64)
-            return torch.tensor(super().update_priorities(handles, td_errors))
+        super().launched(samples)
 
 
 class Learner:
     """An agent whose updates a test calls for."""
 
-    def __init__(self, kind, engine, **options):
-        self.agent, self.state = made(kind, buffer=ResidentReplay, **options)
+    def __init__(self, kind, engine, *, buffer=ResidentReplay, **options):
+        self.agent, self.state = made(kind, buffer=buffer, **options)
         self.kind = next(base for base in kind.__mro__ if base in NAMES)
         if engine == "graph":
             self.state.engine = engine_of(self)
@@ -260,16 +236,16 @@ class TapedGraph:
 
 
 def record_on_tape(learner, monkeypatch):
-    """Have a learner's graph engine record its updates on tapes."""
+    """Have a learner's graph engine record its updates on tapes, kernels as they are launched; under `emulated()`."""
     engine = learner.state.engine = engine_of(learner, capture=True)
     monkeypatch.setattr(cuda_graph, "_Graph", lambda body, _: TapedGraph(body, engine))
-    for name in ("fill_normals", "fill_uniforms"):
-        fill = getattr(graph_keys, name)
+    launch = device.launch
 
-        def kernel(keys, index, out, fill=fill):
-            if Tape.recording is None:
-                fill(keys, index, out)
-            else:
-                Tape.recording.steps.append(lambda: fill(keys, index, out))
+    def noted(kernel, place, *arguments):
+        if Tape.recording is None:
+            launch(kernel, place, *arguments)
+        else:
+            Tape.recording.steps.append(lambda: launch(kernel, place, *arguments))
 
-        monkeypatch.setattr(graph_keys, name, kernel)
+    for module in (device, fused):
+        monkeypatch.setattr(module, "launch", noted)

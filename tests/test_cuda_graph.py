@@ -9,9 +9,18 @@ import torch
 from engine_parts import NAMES
 from graph_parts import CASES, Learner, NothingIsRead, NothingWaits, assert_beside, pair, record_on_tape
 
-from angle_rl import ops
+from angle_rl import device
 from angle_rl.agents import DDPG, DQN, SAC, TD3
 from angle_rl.agents.state import scale_learning_rates
+from angle_rl.replay import PrioritizedReplayBuffer
+
+
+@pytest.fixture(autouse=True)
+def emulated():
+    """The device's kernels, compiled for the host: for the replay, the fused operations and the normals."""
+    with device.emulated():
+        yield
+
 
 # The numbers ----------------------------------------------------------------------------------------------------
 
@@ -143,8 +152,6 @@ def test_of_two_policy_steps_the_one_that_failed_is_reported():
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
 def test_what_was_recorded_once_gives_each_later_call_its_own_numbers(kind, options, monkeypatch):
     """Nothing that changes from call to call may have gone into the recording."""
-    monkeypatch.setattr(ops, "_has_kernel", lambda *_: False)
-    monkeypatch.setattr(ops, "_has_pairs_kernel", lambda *_: False)
     reference, graph = pair(kind, **options)
     record_on_tape(graph, monkeypatch)
     # With a batch of its own, the policy's is drawn even after the critics failed: draws would differ from there on.
@@ -172,7 +179,6 @@ def test_what_was_recorded_once_gives_each_later_call_its_own_numbers(kind, opti
 
 
 def test_a_taped_update_that_is_not_finite_changes_nothing(monkeypatch):
-    monkeypatch.setattr(ops, "_has_kernel", lambda *_: False)
     learner = Learner(SAC, "graph")
     record_on_tape(learner, monkeypatch)
     for call in range(4):
@@ -187,14 +193,32 @@ def test_a_taped_update_that_is_not_finite_changes_nothing(monkeypatch):
     assert recorded.graph.launches == 4
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(("kind", "options"), CASES[::2], ids=str)
+def test_the_replay_on_a_device_gives_the_same_updates(kind, options, recorded, monkeypatch):
+    """Its kernels, compiled for the host, beside a replay in the host's memory."""
+    reference = Learner(kind, "torch", buffer=PrioritizedReplayBuffer, **options)
+    graph = Learner(kind, "graph", **options)
+    assert graph.state.replay.resident
+    assert not reference.state.replay.resident
+    if recorded:
+        record_on_tape(graph, monkeypatch)
+    for call in range(12):
+        for learner in (reference, graph):
+            # A batch of its own would have been drawn for the policy, too.
+            failing = call == 6 and options.get("policy_batch") != "fresh"
+            learner.state.reward_scale = math.nan if failing else 1.0
+            results = learner.take(2 * call, [1] if call == 6 else [1, 1], call % 3 == 2)
+            assert results[-1].finite != failing
+    assert_beside(reference, graph)
+    assert graph.state.engine.name == "cuda_graph"
+
+
 # Nothing waits --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
-def test_nothing_in_an_update_waits_for_the_device(kind, options, monkeypatch):
-    # As on a device: the formulas in torch, not the kernels for the host's memory.
-    monkeypatch.setattr(ops, "_has_kernel", lambda *_: False)
-    monkeypatch.setattr(ops, "_has_pairs_kernel", lambda *_: False)
+def test_nothing_in_an_update_waits_for_the_device(kind, options):
     graph = Learner(kind, "graph", critics=3 if kind is DDPG else options.get("critics", "auto"), **_rest(options))
     if kind is not DQN:
         graph.state.loss_weights = torch.full((options.get("critics", 3 if kind is DDPG else 2),), 0.5)

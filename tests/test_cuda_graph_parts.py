@@ -22,6 +22,14 @@ from angle_rl.engines.masked import has_switch, kept_where_failed, mark_not_fini
 from angle_rl.trainer import AgentTrainer
 from angle_rl.types import RandomKey
 
+
+@pytest.fixture(autouse=True)
+def emulated():
+    """The device's kernels, compiled for the host: for the replay, the fused operations and the normals."""
+    with device.emulated():
+        yield
+
+
 # Keys -----------------------------------------------------------------------------------------------------------
 
 
@@ -259,13 +267,12 @@ def test_the_config_takes_it_with_a_device_alone():
 def test_the_replay_lies_where_the_networks_learn_but_for_what_the_host_alone_can_do(monkeypatch):
     image = spaces.Box(0, 255, (4, 8, 8), np.uint8)
     config = AgentConfig(training=Training(device="cuda"))
-    with device.emulated():  # there are kernels then
-        assert rows_on_device(config, OBSERVATIONS)
-        assert rows_on_device(config, spaces.Dict({"a": OBSERVATIONS, "b": spaces.Discrete(3)}))
-        assert not rows_on_device(config, image)
-        assert not rows_on_device(config, spaces.Dict({"a": OBSERVATIONS, "b": image}))
-        assert not rows_on_device(config.replace(overlap=True), OBSERVATIONS)
-        assert not rows_on_device(AgentConfig(), OBSERVATIONS)
+    assert rows_on_device(config, OBSERVATIONS)
+    assert rows_on_device(config, spaces.Dict({"a": OBSERVATIONS, "b": spaces.Discrete(3)}))
+    assert not rows_on_device(config, image)
+    assert not rows_on_device(config, spaces.Dict({"a": OBSERVATIONS, "b": image}))
+    assert not rows_on_device(config.replace(overlap=True), OBSERVATIONS)
+    assert not rows_on_device(AgentConfig(), OBSERVATIONS)
 
     def without(place):
         raise RuntimeError(f"device is {place}, but this build has no kernels")

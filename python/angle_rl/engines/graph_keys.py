@@ -7,7 +7,6 @@ keys of that launch, and the numbers go to the device, where kernels read them.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -134,13 +133,13 @@ class GraphKey:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype is {dtype}; normals come in torch.float32 and torch.float64")
         out = torch.empty(shape, dtype=dtype, device=self._draws.home)
-        fill_normals(*self._draws.place(self._index), out)
+        device.normals(*self._draws.place(self._index), out)
         return out
 
     def uniform(self, *shape: int) -> torch.Tensor:
         """float64 uniforms in [0, 1) of the given shape, on the device."""
         out = torch.empty(shape, dtype=torch.float64, device=self._draws.home)
-        fill_uniforms(*self._draws.place(self._index), out)
+        device.uniforms(*self._draws.place(self._index), out)
         return out
 
     def subset(self, n: int, size: int) -> torch.Tensor:
@@ -153,27 +152,6 @@ class GraphKey:
         return self._draws.seed(self._index)
 
 
-def fill_normals(keys: torch.Tensor, index: int, out: torch.Tensor) -> None:
-    """Fill ``out``, float32 or float64, with the normals of the key ``keys[index]``, int64, as `RandomKey.normal`."""
-    if keys.is_cuda:
-        device.normals(keys, index, out)
-        return
-    fill = _core.philox_normal_f32 if out.dtype == torch.float32 else _core.philox_normal_f64
-    fill(_host_key(keys, index), out.data_ptr(), out.numel())
-
-
-def fill_uniforms(keys: torch.Tensor, index: int, out: torch.Tensor) -> None:
-    """Fill ``out``, float64, with the uniforms of the key ``keys[index]``, int64, as `RandomKey.uniform`."""
-    if keys.is_cuda:
-        device.uniforms(keys, index, out)
-        return
-    _core.philox_uniform(_host_key(keys, index), out.data_ptr(), out.numel())
-
-
 def signed(value: int) -> int:
     """The int64 of the same 64 bits."""
     return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _host_key(keys: torch.Tensor, index: int) -> int:
-    return ctypes.c_uint64.from_address(keys.data_ptr() + 8 * index).value
