@@ -80,7 +80,7 @@ def _replay(found: Found) -> list[DeviceVerdict]:
         where = cheetahs | {"capacity": capacity}
         batch = max(found.values("sample_update", "batch", **where), default=LARGE)
         of = f"{batch:,} of {_millions(capacity)}"
-        ours, peer = (found.best("sample_update", who, batch=batch, **where) for who in (OURS, "peers"))
+        ours, peer = (found.best("sample_update", who, batch=batch, out=None, **where) for who in (OURS, "peers"))
         floor = found.best("sample_update", FLOOR, batch=batch, **where)
         verdicts.append(
             _verdict(f"sample + update {of}: times TorchRL's", "x", _over(peer, ours), TORCHRL_TIMES, ours, peer, floor)

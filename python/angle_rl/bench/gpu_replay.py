@@ -16,7 +16,6 @@ from angle_rl.bench.rows import HALFCHEETAH, Shape, check_indices, make_rows
 
 PAIRS = 50  # draws with new priorities in one graph
 ERRORS = 16  # sets of td errors that take turns
-BATCHES = 4  # batches that are filled in turn
 HANDLE, WEIGHT, DISCOUNT, STEPS, ERROR, LEAF, WORD = 8, 4, 4, 8, 4, 8, 8  # bytes
 KERNELS = 2  # one that draws, one that updates
 
@@ -145,11 +144,12 @@ def _floor(place: Place, operation: str, buffer: Buffer, batch: int) -> None:
 def _measure_graphs(place: Place, ours: Angle, buffer: Buffer, batch: int) -> None:
     """Draws with new priorities as graphs: many pairs a launch, and one."""
     replay: Any = ours.buffer
-    filled = [replay.sample(batch) for _ in range(BATCHES)]
+    sets = min(PAIRS, place.sets(batch * buffer.shape.payload))
+    filled = [replay.sample(batch) for _ in range(sets)]
     errors = _errors(place, batch)
 
     def pair(number: int) -> Callable[[], object]:
-        out, td_errors = filled[number % BATCHES], errors[number % ERRORS]
+        out, td_errors = filled[number % sets], errors[number % ERRORS]
 
         def call() -> object:
             replay.sample(batch, out=out)
