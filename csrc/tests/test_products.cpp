@@ -96,7 +96,7 @@ double worst_error(void (*product)(const Product<T>&), const Case& c, T (*rounde
     const double start = c.bias ? double(p.bias[i]) : 0.0;
     std::fill(sum.begin(), sum.end(), start);
     std::fill(size.begin(), size.end(), std::abs(start) + 1e-30);
-    for (size_t l = 0; l < c.k; ++l) {
+    for (size_t l = 0; l < c.k && c.n > 0; ++l) {
       const double x = factor(p.a[i * p.a_row + l * p.a_step]);
       add_products(x, &factors[c.b_turned ? l : l * p.b_row], c.b_turned ? p.b_row : 1, sum.data(), size.data(), c.n);
     }
