@@ -11,7 +11,8 @@ import torch
 from replay_rows import SCHEMA, rows, values_of
 from torch.utils._pytree import tree_leaves
 
-from angle_rl import device
+from angle_rl import AgentConfig, device
+from angle_rl.agents.actor_critic import check_replay
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
 from angle_rl.replay.device import DeviceCore, stream_order
 from angle_rl.types import RandomKey
@@ -314,6 +315,18 @@ def test_without_a_device_the_error_says_so():
             PrioritizedReplayBuffer(8, SCHEMA, device="cuda")
 
 
+def test_an_agent_takes_a_buffer_on_its_own_device_alone(place):
+    config = AgentConfig().replace(device=place.type)
+    there = PrioritizedReplayBuffer(8, SCHEMA, device="cuda", discount=config.hyperparameters.discount)
+    assert there.memory_device == place
+    check_replay(there, config)
+    other = "cuda" if place.type == "cpu" else "cpu"
+    with pytest.raises(ValueError, match=f"replay is on {place} and device is '{other}'"):
+        check_replay(there, config.replace(device=other))
+    with pytest.raises(ValueError, match="where one thread uses it, and overlap takes two"):
+        check_replay(there, config.replace(overlap=True))
+
+
 # ---- to the host and back ----
 
 
@@ -454,9 +467,19 @@ def test_draws_and_updates_are_captured(place):
     assert_alike(host, there)
 
 
+def test_a_schedule_is_asked_with_the_rows_inserted():
+    asked = []
+    host, there = pair(capacity=50, importance_exponent=lambda inserts: asked.append(inserts) or 0.5)
+    for buffer in (host, there):
+        buffer.insert(*rows(np.arange(30)))
+        buffer.insert(*rows(np.arange(30)))
+    assert_same(host.sample(8), there.sample(8))
+    assert asked == [60, 60]
+
+
 def test_nothing_waits_for_the_device():
     """Inserts, draws and updates never ask a tensor for its value."""
-    there = PrioritizedReplayBuffer(64, SCHEMA, device="cuda")
+    there = PrioritizedReplayBuffer(64, SCHEMA, device="cuda", importance_exponent=lambda inserts: inserts / 100)
 
     class Refuses(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):

@@ -457,6 +457,12 @@ def check_replay(replay: Any, config: AgentConfig) -> None:
     kind = "prioritized" if hasattr(replay, "update_priorities") else "uniform"
     if kind != hyperparameters.replay:
         raise ValueError(f"replay is {kind} and the config says {hyperparameters.replay!r}; they must agree")
+    if getattr(replay, "resident", False):
+        training = config.training
+        if replay.memory_device.type != torch.device(training.device).type:
+            raise ValueError(f"replay is on {replay.memory_device} and device is {training.device!r}; they must agree")
+        if training.overlap:
+            raise ValueError(f"replay is on {replay.memory_device}, where one thread uses it, and overlap takes two")
 
 
 def configured_engine(config: AgentConfig, spec: UpdateSpec, update: Update) -> Engine:

@@ -22,7 +22,7 @@ from angle_rl.replay.arrays import (
     handle_tensor,
     require_memory,
 )
-from angle_rl.replay.batches import BatchLayout
+from angle_rl.replay.batches import CPU, BatchLayout
 from angle_rl.replay.images import frames_of, record_bytes, shares_successors
 from angle_rl.replay.prefetch import Prefetcher
 from angle_rl.replay.sharing import Place
@@ -290,6 +290,11 @@ class ReplayBuffer:
         """Bytes of memory reserved, rows and index together."""
         return self._core.nbytes
 
+    @property
+    def memory_device(self) -> torch.device:
+        """Where rows and tree are."""
+        return self._there().device if self.resident else CPU
+
     def refresh(self) -> None:
         """Before a captured graph of draws and updates is launched: its draws read the discount and the importance
         exponent as they are now, it comes after earlier calls, and what the device has refused is raised.
@@ -514,7 +519,8 @@ class ReplayBuffer:
         return n, n_step, discount, importance_exponent, flags
 
     def _scheduled(self, schedule: Callable[[int], float]) -> float:
-        return check_number("importance_exponent", float(schedule(self._core.stats()["inserts"])), 0.0)
+        inserts = self._there().inserts if self.resident else self._core.stats()["inserts"]
+        return check_number("importance_exponent", float(schedule(inserts)), 0.0)
 
     def prefetch(
         self,

@@ -210,6 +210,7 @@ class DeviceCore:
         there = torch.from_numpy(twin.memory())
         records = self._layout["records_at"]
         self.next_ticket: int = twin.next_ticket
+        self._given_up = twin.stats()["busy_slots"]
         self._exponent = twin.priority_exponent()
         end = records + self.size * self.record_bytes
         self._memory[:end].copy_(there[:end])
@@ -226,6 +227,11 @@ class DeviceCore:
     def size(self) -> int:
         """Rows held."""
         return min(self.next_ticket, self.capacity)
+
+    @property
+    def inserts(self) -> int:
+        """Rows inserted, as far as the host knows: those of a call that was refused there among them."""
+        return self.next_ticket - self._given_up
 
     def stats(self) -> dict[str, int]:
         return self.pull(header_only=True).stats()
