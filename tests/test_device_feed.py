@@ -15,6 +15,7 @@ from graph_parts import READING
 from angle_rl import device, runs
 from angle_rl.feed import FunctionFeed, HistoryFeed, NormalizedFeed, ResetsFeed, make_evaluation_feed, make_feed
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
+from angle_rl.testing import check_feed
 from angle_rl.trainer import AgentTrainer
 from angle_rl.types import RandomKey
 
@@ -289,6 +290,11 @@ def test_first_observations_are_those_of_a_feed_of_arrays(n, place):
             actions = np.tile(np.float32([0.5, 1.0]), (n, 1))
             one, key = arrays.step(key, one, actions)
             other, same = tensors.step(same, other, torch.from_numpy(actions).to(place))
+
+
+@pytest.mark.parametrize(("function", "initial"), [(glide, first), (look, first_look)])
+def test_it_keeps_what_feeds_promise(function, initial, place):
+    check_feed(feed_of("cuda", function, initial), steps=40)
 
 
 def test_the_feed_to_evaluate_on_shows_tensors(place):
