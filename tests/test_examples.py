@@ -10,6 +10,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SHORT = {  # what each is run with here, and what its last line must say
     "cartpole_dqn.py": (["--steps", "1500"], "mean return"),
     "dataset.py": (["--steps", "400"], "mean return"),
+    "device_environment.py": (["--steps", "1200"], "mean return"),
     "function.py": (["--steps", "400"], "mean return"),
     "gridworld_q_learning.py": (["--steps", "3000"], "of 96 starts"),
     "learned_discount.py": (["--steps", "900"], "mean return"),

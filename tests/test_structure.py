@@ -23,7 +23,7 @@ FLOORS = [
     ["presets"],
     ["checkpoint"],
     ["device"],
-    ["spaces"],
+    ["spaces", "tensors"],
     ["schema", "replay"],
     ["fused"],
     ["ops"],

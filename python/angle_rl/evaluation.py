@@ -15,6 +15,7 @@ import torch
 
 from angle_rl.agents.actor_critic import as_tensors
 from angle_rl.agents.noise import policy_actions
+from angle_rl.tensors import beside
 from angle_rl.types import RandomKey
 
 
@@ -42,7 +43,7 @@ def whole_episodes(feed: Any, policy: Any, key: RandomKey, episodes: int) -> Eva
         action_key, key = key.split(2)
         observations = as_tensors(seen.observation, device)
         actions, _ = policy_actions(policy, observations, (1, *shape), action_key, deterministic=True)
-        seen, feed_key = feed.step(feed_key, seen, actions.cpu().numpy())
+        seen, feed_key = feed.step(feed_key, seen, beside(actions, seen.observation))
         if not seen.stepped[0]:
             continue
         returns[-1] += float(seen.reward[0])

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
+from angle_rl.device import memory_device
 from angle_rl.spaces import (
     Space,
     action_space_like,
@@ -23,7 +25,8 @@ from angle_rl.spaces import (
     with_rows,
     write_row,
 )
-from angle_rl.types import Array, EnvironmentState, RandomKey, reset_state
+from angle_rl.tensors import numbers_on_host, to_tensor, to_tensors, with_tensor_rows
+from angle_rl.types import EnvironmentState, RandomKey, reset_state
 
 Step = tuple[EnvironmentState, RandomKey]
 
@@ -45,6 +48,11 @@ class FunctionFeed:
     flags stand.
     ``batched``: the function takes and returns ``num_environments`` rows at once (``time_step`` is then int64
     [n]; a single flag holds for all rows).
+    ``device``: None: observations and actions are NumPy arrays. "cuda" or "cpu", of a batched function only: they are
+    tensors there, what the function takes (``time_step`` too) and what the feed shows, and never leave it; agents then
+    act by tensors, too. Only rewards and flags come to the host, each step in one copy, which the step waits for: the
+    trainer keeps its books by them. What the function returns as arrays goes to the device. Whole numbers there are not
+    checked to fit a narrower dtype.
     """
 
     def __init__(
@@ -59,6 +67,7 @@ class FunctionFeed:
         batched: bool = False,
         num_environments: int = 1,
         name: str | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
         required, taken, _ = arguments(function)
         if required > 3 or taken < 2:
@@ -72,6 +81,8 @@ class FunctionFeed:
             raise ValueError(f"step_limit is {step_limit}; an episode has at least 1 step (None: no limit)")
         if num_environments < 1:
             raise ValueError(f"num_environments is {num_environments}; at least 1 is needed")
+        if device is not None and not batched:
+            raise ValueError(f"device is {device} and batched is False; tensors there hold all environments' rows")
         if action_space is None:
             if initial_action is None:
                 raise TypeError("action_space and initial_action are missing; a function needs one of them")
@@ -95,42 +106,40 @@ class FunctionFeed:
         self._takes_time = taken >= 3
         self._step_limit = step_limit
         self._batched = batched
+        self.device = None if device is None else memory_device(device)
         self._time_steps = np.zeros(num_environments, dtype=np.int64)
 
     def init(self, random_key: RandomKey) -> Step:
         """Begin an episode everywhere; a key-taking ``initial_observation`` gets one key per environment."""
         rows, random_key = self._begin(random_key, range(self.num_environments))
         observation = empty_batch(self.observation_space, self.num_environments)
-        for index, row in rows.items():
-            write_row(self.observation_space, observation, index, row)
-        return reset_state(observation, self.num_environments), random_key
+        if self.device is not None:
+            observation = to_tensors(self.observation_space, observation, self.num_environments, self.device)
+        return reset_state(self._with_rows(observation, rows), self.num_environments), random_key
 
     def reset(self, random_key: RandomKey, environment_state: EnvironmentState) -> Step:
         """As ``init``."""
         return self.init(random_key)
 
-    def step(self, random_key: RandomKey, environment_state: EnvironmentState, actions: Array) -> Step:
+    def step(self, random_key: RandomKey, environment_state: EnvironmentState, actions: Any) -> Step:
         """See ``DataFeed.step``; every row has ``stepped`` but those at rest. The key is used only where an episode
         begins.
         """
         n, space = self.num_environments, self.observation_space
-        actions = to_array(self.action_space, actions, "actions", (n,))
         stepped = ~environment_state.at_rest()
         if self._batched:
-            time: tuple[Any, ...] = (self._time_steps.copy(),) if self._takes_time else ()
-            observations = to_batch(space, environment_state.observation, n)
-            successors, reward, ended, cut = _outcome(self._function(observations, actions, *time))
-            final = to_batch(space, successors, n)
+            final, reward, ended, cut = self._all_rows(environment_state.observation, actions)
             rewards = to_vector(reward, np.float64, n, "rewards")
             ended, cut = (flag if np.ndim(flag) else np.full(n, flag) for flag in (ended, cut))
             terminated = to_vector(ended, np.bool_, n, "terminated")
             truncated = to_vector(cut, np.bool_, n, "truncated")
         else:
+            actions = to_array(self.action_space, actions, "actions", (n,))
             final = copy.deepcopy(environment_state.observation)
             rewards = np.zeros(n, dtype=np.float64)
             terminated, truncated = np.zeros(n, dtype=np.bool_), np.zeros(n, dtype=np.bool_)
             for index in np.flatnonzero(stepped).tolist():
-                time = (int(self._time_steps[index]),) if self._takes_time else ()
+                time: tuple[int, ...] = (int(self._time_steps[index]),) if self._takes_time else ()
                 observation = copy.deepcopy(row_of(environment_state.observation, index))
                 successor, reward, ended, cut = _outcome(self._function(observation, actions[index], *time))
                 write_row(space, final, index, successor)
@@ -142,7 +151,7 @@ class FunctionFeed:
             truncated |= self._time_steps >= self._step_limit
         rewards, terminated, truncated = np.where(stepped, rewards, 0.0), terminated & stepped, truncated & stepped
         rows, random_key = self._begin(random_key, np.flatnonzero(terminated | truncated).tolist())
-        observation = with_rows(space, final, rows)
+        observation = self._with_rows(final, rows)
         return EnvironmentState(observation, rewards, terminated, truncated, final, stepped), random_key
 
     def evaluation_feed(self) -> FunctionFeed:
@@ -155,10 +164,30 @@ class FunctionFeed:
             step_limit=self._step_limit,
             batched=self._batched,
             name=self.name,
+            device=self.device,
         )
 
     def close(self) -> None:
         """Nothing to release."""
+
+    def _all_rows(self, observation: Any, actions: Any) -> tuple[Any, Any, Any, Any]:
+        """What a batched function makes of copies: its successors, copied, and its rewards and flags on the host."""
+        n, space, time = self.num_environments, self.observation_space, self._time_steps.copy()
+        if self.device is None:
+            actions = to_array(self.action_space, actions, "actions", (n,))
+            given = to_batch(space, observation, n), actions, time
+            successors, *numbers = _outcome(self._function(*given[: 2 + self._takes_time]))
+            return to_batch(space, successors, n), *numbers
+        there = to_tensors(space, observation, n, self.device)
+        arguments = [there, to_tensor(self.action_space, actions, "actions", n, self.device)]
+        if self._takes_time:
+            arguments.append(torch.from_numpy(time).to(self.device, non_blocking=True))
+        with torch.no_grad():
+            successors, *numbers = _outcome(self._function(*arguments))
+        return to_tensors(space, successors, n, self.device), *numbers_on_host(*numbers)
+
+    def _with_rows(self, batch: Any, rows: dict[int, Any]) -> Any:
+        return (with_rows if self.device is None else with_tensor_rows)(self.observation_space, batch, rows)
 
     def _begin(self, random_key: RandomKey, rows: Sequence[int]) -> tuple[dict[int, Any], RandomKey]:
         """First observations of new episodes in ``rows``."""

@@ -130,6 +130,8 @@ def row_of(value: Any, index: int | slice | Array | torch.Tensor) -> Any:
         return {name: row_of(part, index) for name, part in value.items()}
     if isinstance(value, tuple):
         return tuple(row_of(part, index) for part in value)
+    if isinstance(value, torch.Tensor) and isinstance(index, np.ndarray):
+        index = torch.from_numpy(index).to(value.device, non_blocking=True)
     return value[index]
 
 
@@ -139,6 +141,9 @@ def where_rows(mask: Array, chosen: Any, other: Any) -> Any:
         return {name: where_rows(mask, part, other[name]) for name, part in chosen.items()}
     if isinstance(chosen, tuple):
         return tuple(where_rows(mask, part, of) for part, of in zip(chosen, other, strict=True))
+    if isinstance(chosen, torch.Tensor):
+        there = torch.from_numpy(mask).to(chosen.device, non_blocking=True)
+        return torch.where(there.reshape(-1, *[1] * (chosen.dim() - 1)), chosen, other)
     return np.where(mask.reshape(-1, *[1] * (chosen.ndim - 1)), chosen, other)
 
 

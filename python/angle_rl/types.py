@@ -41,7 +41,7 @@ class Transition(NamedTuple):
 
 
 class EnvironmentState(NamedTuple):
-    """What a feed's ``n`` environments showed last."""
+    """What a feed's ``n`` environments showed last. Observations are arrays, or tensors where the feed has a device."""
 
     observation: Any  # [n, *observation_shape]: what the next action answers
     reward: Array  # [n] float64

@@ -43,6 +43,7 @@ from angle_rl.engines.native import usable_threads
 from angle_rl.models import TwinQ
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
 from angle_rl.spaces import map_space
+from angle_rl.tensors import beside
 from angle_rl.types import Array, Batch, EnvironmentState, RandomKey, RLState, UpdateSpec
 
 FIRST_SCALE = {"none": 0.0, "gaussian": 0.1, "ou": 0.2}
@@ -243,8 +244,11 @@ class ActorCritic:
         return state, random_key
 
     @known_as("ours")
-    def select_action(self, rl_state: RLState, iteration: int) -> tuple[Array, RLState]:
-        """Uniform random actions until `learning_starts`, the exploring policy's from then on."""
+    def select_action(self, rl_state: RLState, iteration: int) -> tuple[Any, RLState]:
+        """Uniform random actions until `learning_starts`, the exploring policy's from then on.
+
+        Where the observations are tensors, so are the actions, on their device.
+        """
         state: ActorCriticState = rl_state.agent_state
         key, random_key = rl_state.random_key.split(2)
         observations, n = rl_state.environment_state.observation, len(rl_state.environment_state.reward)
@@ -253,7 +257,7 @@ class ActorCritic:
         else:
             with torch.no_grad():
                 actions = self.explore(state, as_tensors(observations, state.device), n, key)
-        return actions.cpu().numpy(), rl_state._replace(random_key=random_key)
+        return beside(actions, observations), rl_state._replace(random_key=random_key)
 
     @known_as("ours")
     def record_observation(

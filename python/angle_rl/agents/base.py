@@ -30,7 +30,10 @@ class Agent(Protocol):
         ...
 
     def select_action(self, rl_state: RLState, iteration: int) -> tuple[Array, RLState]:
-        """The next actions ``[n, *action_shape]``, answering `rl_state.environment_state.observation`."""
+        """The next actions ``[n, *action_shape]``, answering `rl_state.environment_state.observation`.
+
+        An array; where the observations are tensors it may be a tensor on their device.
+        """
         ...
 
     def record_observation(

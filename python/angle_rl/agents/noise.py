@@ -49,7 +49,7 @@ _GENERATORS = threading.RLock()  # who may seed torch's global generators
 
 def uniform_actions(bounds: ActionBounds, n: int, key: RandomKey) -> torch.Tensor:
     """``[n, *action_shape]`` float32 actions, uniform within the bounds."""
-    share = key.uniform(n, *bounds.shape).to(bounds.low.device, torch.float32)
+    share = key.uniform(n, *bounds.shape).to(bounds.low.device, torch.float32, non_blocking=True)
     return torch.lerp(bounds.low, bounds.high, share)
 
 
@@ -60,7 +60,7 @@ def noisy_actions(
 
     Target policy smoothing of Fujimoto et al. 2018 (arXiv:1802.09477), eq. 14, in halves of the action range.
     """
-    noise = key.normal(*actions.shape).to(actions.device) * scale
+    noise = key.normal(*actions.shape).to(actions.device, non_blocking=True) * scale
     if clip is not None:
         noise = noise.clamp_(-clip, clip)
     return within_bounds(actions, noise, bounds)
@@ -68,7 +68,8 @@ def noisy_actions(
 
 def within_bounds(actions: torch.Tensor, noise: torch.Tensor, bounds: ActionBounds) -> torch.Tensor:
     """Actions with noise ``[n, *action_shape]``, in halves of the action range, clamped to the bounds."""
-    return torch.clamp(actions + noise.to(actions.device) * bounds.half_range, bounds.low, bounds.high)
+    noise = noise.to(actions.device, non_blocking=True)
+    return torch.clamp(actions + noise * bounds.half_range, bounds.low, bounds.high)
 
 
 def ornstein_uhlenbeck(
@@ -102,7 +103,7 @@ def policy_actions(
             actions = policy.sample_actions(observations, deterministic)
         return actions
     device, dtype = _device_and_dtype(policy)
-    noise = None if deterministic else key.normal(*noise_shape, dtype=dtype).to(device)
+    noise = None if deterministic else key.normal(*noise_shape, dtype=dtype).to(device, non_blocking=True)
     actions = policy.sample_actions(observations, deterministic, noise=noise)
     return actions
 

@@ -21,6 +21,7 @@ from angle_rl.agents.optimizers import moments_of
 from angle_rl.config import AgentConfig
 from angle_rl.engines.base import Engine, UpdateResult
 from angle_rl.spaces import row_of
+from angle_rl.tensors import as_arrays, device_of
 from angle_rl.types import Array, EnvironmentState, RandomKey, RLState
 
 SKIPS_ALLOWED = 2
@@ -124,18 +125,23 @@ def begin_streams(state: LearnerState, seen: EnvironmentState) -> None:
         state.first_stream = (state.first_stream + n) % max(1, MAX_STREAMS - n)
 
 
-def insert_stepped(rl_state: RLState, action: Array, reward: Array, terminated: Array, next_rl_state: RLState) -> None:
-    """Insert the transitions of the environments that stepped, and count them."""
+def insert_stepped(rl_state: RLState, action: Any, reward: Array, terminated: Array, next_rl_state: RLState) -> None:
+    """Insert the transitions of the environments that stepped, and count them.
+
+    Tensors go to a replay on a device as they are, to any other as arrays.
+    """
     state: LearnerState = next_rl_state.agent_state
     streams, rows = stepped_rows(rl_state, action, reward, terminated, next_rl_state)
     if len(streams) > 0:
+        if device_of(rows[0]) is not None and not getattr(state.replay, "resident", False):
+            rows = as_arrays(rows)
         state.replay.insert(*rows, streams=streams + state.first_stream)
         state.steps += len(streams)
         state.exploration.record(next_rl_state.environment_state)
 
 
 def stepped_rows(
-    rl_state: RLState, action: Array, reward: Array, terminated: Array, next_rl_state: RLState
+    rl_state: RLState, action: Any, reward: Array, terminated: Array, next_rl_state: RLState
 ) -> tuple[Array, tuple[Any, ...]]:
     """The environments that stepped, ``[k]``, and their transitions, each ``[k, ...]``.
 

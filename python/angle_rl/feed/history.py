@@ -12,6 +12,7 @@ from angle_rl.feed.protocol import DataFeed, Step
 from angle_rl.feed.wrapping import (
     around,
     check_same_arrays,
+    check_shows_arrays,
     export_feed_state,
     import_feed_state,
     make_evaluation_feed,
@@ -36,7 +37,8 @@ class HistoryFeed:
 
     The history is read from the state that ``step`` is given, so nothing is kept here and each environment's
     is its own. Wrap a NormalizedFeed in this, not the other way round: its statistics are then of single
-    observations. Raises ValueError where ``k`` < 1, TypeError for observations that are no arrays. One thread.
+    observations. Raises ValueError where ``k`` < 1 and for a feed that shows tensors (``device=``), TypeError for
+    observations that are no arrays. One thread.
     """
 
     def __init__(self, feed: DataFeed, k: int) -> None:
@@ -44,6 +46,7 @@ class HistoryFeed:
             raise TypeError(f"k is {k!r}; it must be a number of observations")
         if k < 1:
             raise ValueError(f"k is {k}; a history has at least 1 observation")
+        check_shows_arrays(feed, "HistoryFeed")
         self._single_space = check_observation_space(feed.observation_space)
         self.observation_space: Space = _stacked_space(self._single_space, k)
         self.action_space: Space = feed.action_space

@@ -15,6 +15,7 @@ from angle_rl.feed.statistics import RunningStatistics
 from angle_rl.feed.wrapping import (
     around,
     check_same_arrays,
+    check_shows_arrays,
     export_feed_state,
     import_feed_state,
     leaves,
@@ -49,7 +50,7 @@ class NormalizedFeed:
     statistics do not change. ``export_state`` and ``import_state`` save and restore them;
     ``evaluation_feed`` and ``around`` give a feed with a frozen copy of them and the rewards as they are.
     Raises ValueError where a value is out of range, where neither is asked for, or where ``observations`` is and
-    there is no Box of floats. One thread.
+    there is no Box of floats, and for a feed that shows tensors. One thread.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class NormalizedFeed:
         for name, clip in (("observation_clip", observation_clip), ("reward_clip", reward_clip)):
             if clip is not None and not 0.0 < clip < math.inf:
                 raise ValueError(f"{name} is {clip}; it must be a number above 0, or None")
+        check_shows_arrays(feed, "NormalizedFeed")
         self._raw_space = check_observation_space(feed.observation_space)
         self._statistics: dict[str, RunningStatistics] = {}  # by the names of the observation's Boxes
         if observations:

@@ -10,6 +10,7 @@ import numpy as np
 from angle_rl.feed.protocol import DataFeed, Step
 from angle_rl.feed.wrapping import (
     around,
+    check_shows_arrays,
     export_feed_state,
     import_feed_state,
     leaves,
@@ -25,12 +26,13 @@ RESETS = "resets."  # before the names of the arrays of a feed's state
 class ResetsFeed:
     """A feed that also keeps the newest `capacity` observations that followed a reset, in a ring.
 
-    Everything else is the feed's own. ValueError where ``capacity`` < 1. One thread.
+    Everything else is the feed's own. ValueError where ``capacity`` < 1, and for a feed that shows tensors. One thread.
     """
 
     def __init__(self, feed: DataFeed, capacity: int = 1024) -> None:
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}; it must be at least 1")
+        check_shows_arrays(feed, "ResetsFeed")
         self.feed = feed
         self.observation_space: Space = feed.observation_space
         self.action_space: Space = feed.action_space

@@ -41,6 +41,13 @@ def leaves(tree: Any, name: str = "observations") -> dict[str, Any]:
     return {name: tree}
 
 
+def check_shows_arrays(feed: DataFeed, wrapper: str) -> None:
+    """ValueError where a feed's observations are tensors, which a wrapper does not take."""
+    place = getattr(feed, "device", None)
+    if place is not None:
+        raise ValueError(f"{feed.name} shows tensors on {place}; {wrapper} takes arrays: leave out the feed's device=")
+
+
 def check_same_arrays(source: DataFeed, space: Space) -> None:
     """ValueError where a feed's observations have other shapes or kinds of numbers than ``space`` has."""
     there, here = _shapes(source.observation_space), _shapes(space)

@@ -393,8 +393,9 @@ class ReplayBuffer:
         Arrays and CPU tensors of the right dtype that are contiguous are taken without a copy; others are converted by
         NumPy's ``same_kind`` rule. Any thread; rows of one stream from one thread at a time.
 
-        On a device tensors that are there do not leave it; a number among them that does not fit is raised by a later
-        call, none of its call's rows is stored, and the handles of that call name none.
+        On a device tensors that are there do not leave it, if the observations are among them; arrays beside them, as
+        rewards, flags and streams, are checked and go over in one copy. A number on the device that does not fit is
+        raised by a later call, none of its call's rows is stored, and the handles of that call name none.
         """
         if self._flat and type(observations) is np.ndarray and priorities is None and not self.resident:
             handles: Array | None = self._core.insert(

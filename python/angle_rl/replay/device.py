@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from angle_rl import _core, device
-from angle_rl.replay.arrays import check_device, convert_rows, handle_tensor, host
+from angle_rl.replay.arrays import as_priorities, check_device, convert_rows, handle_tensor, host
+from angle_rl.replay.arrays import column as host_column
 from angle_rl.schema import Schema, flatten
+from angle_rl.tensors import tensor_dtype
 from angle_rl.types import Array, Batch, RandomKey
 
 KEYED = 8  # the kernels' flag of a sample whose draws a key decides
@@ -271,18 +273,23 @@ class DeviceCore:
 
 
 def insert(buffer: Any, transition: tuple[Any, ...], ends: tuple[Any, Any, Any, Any]) -> Array:
-    """:meth:`ReplayBuffer.insert` into a buffer whose rows are on a device, from host arrays or tensors there."""
+    """:meth:`ReplayBuffer.insert` into a buffer whose rows are on a device, from host arrays or tensors there.
+
+    Where observations are there, everything that is stays there, and what is on the host goes over in one copy.
+    """
     core: DeviceCore = buffer._core
     core.check()
     schema: Schema = buffer.schema
     leaves = _leaves(schema, transition)
-    if all(isinstance(leaf, torch.Tensor) and leaf.device == core.device for leaf in leaves):
-        columns, flags, n = _tensors_there(core, schema, leaves, ends)
-        _require_room(core, n)
-        check_rewards = True
+    terminated, truncated, streams, priorities = ends
+    if type(streams) is int:
+        streams = np.int64(streams if 0 <= streams < _core.MAX_STREAMS else -1)  # with all others that are refused
+    ends = terminated, truncated, streams, priorities
+    if _is_there(core, leaves[0]):
+        columns, flags, n = _kept_there(core, schema, leaves, ends)
     else:
         columns, flags, n = _brought_over(core, schema, transition, ends)
-        check_rewards = False
+    check_rewards = _is_there(core, leaves[len(schema.observations) + len(schema.actions)])
     if n == 0:
         return np.empty(0, np.int64)
     addresses = [0 if flag is None else flag.data_ptr() for flag in flags]
@@ -366,75 +373,97 @@ def _require_room(core: DeviceCore, n: int) -> None:
 Columns = tuple[list[torch.Tensor], list["torch.Tensor | None"], int]
 
 
-def _tensors_there(core: DeviceCore, schema: Schema, leaves: list[torch.Tensor], ends: tuple[Any, ...]) -> Columns:
-    """Columns that are on the device already, converted there where need be."""
-    first = schema.observations[0]
-    batched = leaves[0].dim() == len(first.shape) + 1
+def _is_there(core: DeviceCore, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device == core.device
+
+
+def _kept_there(core: DeviceCore, schema: Schema, leaves: list[Any], ends: tuple[Any, ...]) -> Columns:
+    """Columns of which the first is on the device already: those that are stay there, converted where need be; those on
+    the host are checked as the host's insert checks them, and copied in one piece.
+    """
+    batched = leaves[0].dim() == len(schema.observations[0].shape) + 1
     n = leaves[0].shape[0] if batched else 1
 
-    def column(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        tensor = torch.as_tensor(value)
-        expected = (n, *shape) if batched else shape
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; expected {expected}")
-        if not torch.can_cast(tensor.dtype, dtype):
-            raise TypeError(f"{name} has the dtype {tensor.dtype}, which does not convert to {dtype}")
-        return there(core, tensor).reshape(n, *shape).to(dtype)
+    def column(name: str, value: Any, shape: tuple[int, ...], kind: Any) -> Any:
+        if not _is_there(core, value):
+            return host_column(name, _off_device(value), shape, np.dtype(kind), n, batched)
+        dtype, expected = tensor_dtype(kind), (n, *shape) if batched else shape
+        if tuple(value.shape) != expected:
+            raise ValueError(f"{name} has the shape {tuple(value.shape)}; expected {expected}")
+        if not torch.can_cast(value.dtype, dtype):
+            raise TypeError(f"{name} has the dtype {value.dtype}, which does not convert to {dtype}")
+        return there(core, value).reshape(n, *shape).to(dtype)
 
-    columns = [
-        column(f.name, leaf, f.shape, torch.from_numpy(np.empty(0, f.dtype)).dtype)
-        for f, leaf in zip(schema.fields, leaves, strict=True)
-    ]
+    columns = [column(f.name, leaf, f.shape, f.dtype) for f, leaf in zip(schema.fields, leaves, strict=True)]
     terminated, truncated, streams, priorities = ends
-    kinds = {"terminated": torch.bool, "truncated": torch.bool, "streams": torch.int64, "priorities": torch.float32}
-    flags = [
-        None if value is None else column(name, value, (), dtype)
-        for (name, dtype), value in zip(kinds.items(), (terminated, truncated, streams, priorities), strict=True)
-    ]
-    if flags[0] is None:
+    if terminated is None:
         raise TypeError("terminated is None; it must be bool or [n] bool")
-    order = (None, None) if flags[2] is None else stream_order(flags[2])
-    return columns, [*flags[:3], *order, flags[3]], n
+    terminated = column("terminated", terminated, (), np.bool_)
+    truncated = None if truncated is None else column("truncated", truncated, (), np.bool_)
+    streams = None if streams is None else column("streams", streams, (), np.int64)
+    if priorities is not None:
+        on_host = not _is_there(core, priorities)
+        priorities = column("priorities", priorities, (), np.float64 if on_host else np.float32)
+        priorities = as_priorities(priorities) if on_host else priorities
+    _require_room(core, n)
+    _require_numbers(schema, columns, streams, priorities)
+    every = [*columns, terminated, truncated, streams, *_order(streams), priorities]
+    moved = iter(_moved(core, [value for value in every if isinstance(value, np.ndarray)]))
+    tensors = [next(moved) if isinstance(value, np.ndarray) else value for value in every]
+    count = len(columns)
+    return tensors[:count], tensors[count:], n
+
+
+def _off_device(value: Any) -> Any:
+    return value.cpu() if isinstance(value, torch.Tensor) and value.is_cuda else value
 
 
 def _brought_over(core: DeviceCore, schema: Schema, transition: tuple[Any, ...], ends: tuple[Any, ...]) -> Columns:
     """Host arrays, checked as the host's insert checks them, and copied in one piece."""
-    observations, actions, rewards, next_observations = (
-        value.cpu() if isinstance(value, torch.Tensor) and value.is_cuda else value for value in transition
-    )
-    terminated, truncated, streams, priorities = ends
-    if type(streams) is int:
-        streams = np.int64(streams if 0 <= streams < _core.MAX_STREAMS else -1)  # with all others that are refused
-    columns, terminated, truncated, streams, priorities = convert_rows(
-        schema, observations, actions, rewards, next_observations, terminated, truncated, streams, priorities
-    )
+    columns, terminated, truncated, streams, priorities = convert_rows(schema, *map(_off_device, transition), *ends)
     n = len(terminated)
     _require_room(core, n)
+    _require_numbers(schema, columns, streams, priorities)
+    arrays = [*columns, terminated, truncated, streams, *_order(streams), priorities]
+    moved = iter(_moved(core, [array for array in arrays if array is not None]))
+    tensors = [None if array is None else next(moved) for array in arrays]
+    count = len(columns)
+    return tensors[:count], tensors[count:], n  # type: ignore[return-value]
+
+
+def _require_numbers(schema: Schema, columns: Sequence[Any], streams: Any, priorities: Any) -> None:
+    """ValueError for the first number on the host that no buffer takes."""
     rewards = columns[len(schema.observations) + len(schema.actions)]
-    _require_each("rewards", rewards, np.isfinite(rewards), "rewards must be finite in the buffer's dtype")
-    if streams is not None:
+    if isinstance(rewards, np.ndarray):
+        _require_each("rewards", rewards, np.isfinite(rewards), "rewards must be finite in the buffer's dtype")
+    if isinstance(streams, np.ndarray):
         inside = (streams >= 0) & (streams < _core.MAX_STREAMS)
         _require_each("streams", streams, inside, f"it must be between 0 and {_core.MAX_STREAMS - 1}")
-    if priorities is not None:
+    if isinstance(priorities, np.ndarray):
         fits = (priorities >= 0) & np.isfinite(priorities)
         _require_each("priorities", priorities, fits, "priorities must be finite and not negative")
-    order: tuple[Any, Any] = (None, None)
-    if streams is not None:
-        order = tuple(part.numpy() for part in stream_order(torch.from_numpy(streams)))  # type: ignore[assignment]
-    arrays = [*columns, terminated, truncated, streams, *order, priorities]
+
+
+def _order(streams: Any) -> tuple[Any, Any]:
+    """`stream_order` where the streams are, on the device or on the host."""
+    if isinstance(streams, np.ndarray):
+        following, last = stream_order(torch.from_numpy(streams))
+        return following.numpy(), last.numpy()
+    return (None, None) if streams is None else stream_order(streams)
+
+
+def _moved(core: DeviceCore, arrays: Sequence[Array]) -> list[torch.Tensor]:
+    """The bytes of host arrays on the device, each as the beginning of a tensor: one copy from pinned memory."""
     places, end = [], 0
     for array in arrays:
         places.append(end)
-        end += 0 if array is None else -(-array.nbytes // _ALIGN) * _ALIGN
+        end += -(-array.nbytes // _ALIGN) * _ALIGN
     staged = torch.empty(end, dtype=torch.uint8, pin_memory=core._real)
     memory = staged.numpy()
     for array, place in zip(arrays, places, strict=True):
-        if array is not None:
-            memory[place : place + array.nbytes] = array.reshape(-1).view(np.uint8)
+        memory[place : place + array.nbytes] = array.reshape(-1).view(np.uint8)
     moved = staged.to(core.device, non_blocking=True)
-    tensors = [None if array is None else moved[place:] for array, place in zip(arrays, places, strict=True)]
-    count = len(columns)
-    return tensors[:count], tensors[count:], n  # type: ignore[return-value]
+    return [moved[place:] for place in places]
 
 
 def _require_each(name: str, values: Array, fits: Array, rule: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from angle_rl.feed.protocol import DataFeed
 from angle_rl.feed.wrapping import leaves
+from angle_rl.tensors import as_arrays, device_of
 from angle_rl.types import Array, EnvironmentState, RandomKey
 
 
@@ -22,10 +23,11 @@ def check_feed(
 ) -> None:
     """Run a feed for ``steps`` steps, twice from the same key, and raise AssertionError for the first promise broken.
 
-    Checked: the names; shapes and dtypes of what it gives; that a start has no reward, flags or ``stepped``; that
-    ``observation`` is ``final_observation`` where an episode goes on; that rows which did not step have reward 0, no
-    flags, and follow an end; that nothing handed out is written to later; that the same key and actions give the same
-    again; that actions of a wrong shape are refused; that it can be closed twice, which this function does.
+    Checked: the names; shapes and dtypes of what it gives, in arrays, or tensors on the feed's ``device``; that a start
+    has no reward, flags or ``stepped``; that ``observation`` is ``final_observation`` where an episode goes on; that
+    rows which did not step have reward 0, no flags, and follow an end; that nothing handed out is written to later;
+    that the same key and actions give the same again; that actions of a wrong shape are refused; that it can be closed
+    twice, which this function does.
     ``actions``: gives the next ones ``[n, ...]``; None: random ones of the action space. One thread.
     """
     for name in ("observation_space", "action_space", "num_environments", "name", "init", "reset", "step", "close"):
@@ -81,7 +83,7 @@ def _run(
 def _check_shapes(feed: DataFeed, state: EnvironmentState, when: str) -> None:
     n = feed.num_environments
     for name in ("observation", "final_observation"):
-        found, wanted = leaves(getattr(state, name), name), leaves(feed.observation_space, name)
+        found, wanted = leaves(_arrays(feed, getattr(state, name)), name), leaves(feed.observation_space, name)
         assert found.keys() == wanted.keys(), f"{name} {when} holds {sorted(found)}; {sorted(wanted)} are due"
         for leaf, space in wanted.items():
             array, shape = found[leaf], (n, *(space.shape or ()))
@@ -113,12 +115,19 @@ def _check_step(feed: DataFeed, before: EnvironmentState, after: EnvironmentStat
         f"a row did not step {when} though its episode had not ended"
     )
     on = ~ended
-    final = leaves(after.final_observation)
-    for name, leaf in leaves(after.observation).items():
+    final = leaves(_arrays(feed, after.final_observation))
+    for name, leaf in leaves(_arrays(feed, after.observation)).items():
         assert _same(leaf[on], final[name][on]), f"{name} {when} is not where the step led, and no episode ended"
 
 
+def _arrays(feed: DataFeed, observation: Any) -> Any:
+    """An observation to look at; as it is, where it is not on the device that the feed names."""
+    place = getattr(feed, "device", None)
+    return as_arrays(observation) if place is not None and place == device_of(observation) else observation
+
+
 def _same(one: Any, other: Any) -> bool:
+    one, other = as_arrays(one), as_arrays(other)
     return all(
         np.array_equal(a, b, equal_nan=np.asarray(a).dtype.kind == "f")
         for a, b in zip(leaves(one).values(), leaves(other).values(), strict=True)
