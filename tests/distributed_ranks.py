@@ -1,4 +1,4 @@
-"""What each process of tests/test_distributed.py does: distributed_ranks.py FOLDER, in torchrun's environment."""
+"""What each process of tests/test_distributed.py does: distributed_ranks.py FOLDER PORT, in torchrun's environment."""
 
 from __future__ import annotations
 
@@ -126,7 +126,9 @@ def main() -> None:
     save_file(tensors_of(state), folder / f"broken-{rank}.safetensors")
     distributed.destroy_process_group()
 
-    sys.argv[1:] = ["--steps", "1150"]  # a group of its own begins and ends there
+    # A group of its own begins and ends there; under the old port a process could still meet the group that ends here.
+    os.environ["MASTER_PORT"] = sys.argv[2]
+    sys.argv[1:] = ["--steps", "1150"]
     torch.manual_seed(rank)
     os.chdir(folder)
     trainer = runpy.run_path(str(EXAMPLE), run_name="__main__")["trainer"]

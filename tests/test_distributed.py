@@ -26,13 +26,14 @@ PROCESSES = 2
 def folder(tmp_path_factory):
     """What two processes left; started as torchrun starts them."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(PROCESSES)}
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        port, later_port = (str(found.getsockname()[1]) for found in (first, second))
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(PROCESSES)}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(RANKS), str(folder)],
+            [sys.executable, str(RANKS), str(folder), later_port],
             env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
