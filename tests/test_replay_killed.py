@@ -83,7 +83,9 @@ def test_processes_are_killed_and_the_others_go_on(rounds, capacity, kind):
     killed: list[str] = []  # roles, since the last repair
     ever = cut_inserts = wrong_sums = 0
     try:
-        for number in range(rounds):
+        for number in range(10 * rounds):
+            if number >= rounds and cut_inserts > 0 < wrong_sums:  # it may take longer to hit both on a busy machine
+                break
             control.wait_for_progress(workers)
             time.sleep(rng.random() * 0.005)
             victim = None
