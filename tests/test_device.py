@@ -32,7 +32,6 @@ def test_emulation_is_on_within_and_off_after():
             assert device.backend("cuda") is _cuda_host
         assert device.is_emulated()
         assert device.memory_device("cuda:3") == torch.device("cpu")
-        assert device.current_stream("cuda") == 0
     assert not device.is_emulated()
     with pytest.raises(ZeroDivisionError), device.emulated():
         _ = 1 / 0
@@ -42,10 +41,9 @@ def test_emulation_is_on_within_and_off_after():
 def test_the_cpu_has_the_kernels_compiled_for_it():
     assert device.backend("cpu") is _cuda_host
     assert device.memory_device("cpu") == torch.device("cpu")
-    assert device.current_stream(torch.device("cpu")) == 0
 
 
-@pytest.mark.parametrize("ask", [device.backend, device.memory_device, device.current_stream])
+@pytest.mark.parametrize("ask", [device.backend, device.memory_device])
 def test_other_devices_are_refused(ask):
     with pytest.raises(ValueError, match="device is meta; device kernels work in the memory of CUDA devices"):
         ask("meta")
@@ -81,11 +79,8 @@ def test_a_machine_without_a_device_is_said_to_be_one(monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_cuda_device_has_an_index_and_a_stream():
+def test_a_cuda_device_has_an_index():
     assert device.memory_device("cuda") == torch.device("cuda", torch.cuda.current_device())
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        assert device.current_stream("cuda") == side.cuda_stream
 
 
 # Random numbers --------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 #include "cuda/ops.inl"
 #include "cuda/portable.h"
 #include "cuda/random.inl"
-#include "cuda/replay.inl"
+#include "cuda/replay_insert.inl"
+#include "cuda/replay_sample.inl"
+#include "cuda/replay_update.inl"
 
 namespace angle::device {
 

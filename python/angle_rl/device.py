@@ -23,7 +23,6 @@ from angle_rl import _cuda_host
 __all__ = [
     "CUDA_KERNELS",
     "backend",
-    "current_stream",
     "emulated",
     "free_memory",
     "is_emulated",
@@ -109,13 +108,6 @@ def free_memory(device: str | torch.device) -> int | None:
         return None
     unused = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
     return torch.cuda.mem_get_info(place)[0] + unused
-
-
-def current_stream(device: str | torch.device) -> int:
-    """The address of torch's current stream on this device; 0 for the CPU and under ``emulated()``."""
-    if _kind(device) == "cpu" or _emulated:
-        return 0
-    return torch.cuda.current_stream(device).cuda_stream
 
 
 def launch(kernel: Callable[..., None], device: torch.device, *arguments: Any) -> None:
