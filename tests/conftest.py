@@ -73,12 +73,6 @@ def replay_place(request):
             torch.cuda.synchronize(core.device)
         core.check()
 
-    def skip_where_refused(options, where):
-        try:
-            return own_options(options, where)
-        except ValueError as refusal:
-            pytest.skip(f"only in host memory: {refusal}")
-
     def skip_without_replacement(buffer, arguments, replacement, *others):
         if not replacement:
             pytest.skip("only in host memory: draws without replacement")
@@ -87,12 +81,11 @@ def replay_place(request):
     def of_a_copy(name):
         return lambda core, *arguments: getattr(core.pull(), name)(*arguments)
 
-    launched, own_options, own_sample = DeviceCore.launched, ReplayBuffer._resident_options, replay_device.sample
+    launched, own_sample = DeviceCore.launched, replay_device.sample
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         for kind in (ReplayBuffer, PrioritizedReplayBuffer):
             patch.setitem(kind.__init__.__kwdefaults__, "device", "cuda")
         patch.setattr(DeviceCore, "launched", look_at_once)
-        patch.setattr(ReplayBuffer, "_resident_options", staticmethod(skip_where_refused))
         patch.setattr(replay_device, "sample", skip_without_replacement)
         for name in ("weights", "rows", "sums_are_exact", "default_weight", "inserts_are_done"):
             patch.setattr(DeviceCore, name, of_a_copy(name), raising=False)

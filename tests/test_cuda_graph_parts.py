@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 from angle_rl import device, engines
 from angle_rl.agents import SAC, TD3, actor_critic
-from angle_rl.agents.actor_critic import rows_on_device
+from angle_rl.agents.replays import rows_on_device
 from angle_rl.config import AgentConfig, Training
 from angle_rl.engines import CudaGraphEngine, TorchEngine, cuda_graph, describe_engine, graph_refusal, make_engine
 from angle_rl.engines.graph_keys import CannotCaptureError, Draws
@@ -264,21 +264,26 @@ def test_the_config_takes_it_with_a_device_alone():
         Training(engine="cuda_graph", device="cuda", precision="bfloat16")
 
 
-def test_the_replay_lies_where_the_networks_learn_but_for_what_the_host_alone_can_do(monkeypatch):
-    image = spaces.Box(0, 255, (4, 8, 8), np.uint8)
-    config = AgentConfig(training=Training(device="cuda"))
-    assert rows_on_device(config, OBSERVATIONS)
-    assert rows_on_device(config, spaces.Dict({"a": OBSERVATIONS, "b": spaces.Discrete(3)}))
-    assert not rows_on_device(config, image)
-    assert not rows_on_device(config, spaces.Dict({"a": OBSERVATIONS, "b": image}))
-    assert not rows_on_device(config.replace(overlap=True), OBSERVATIONS)
-    assert not rows_on_device(AgentConfig(), OBSERVATIONS)
+def test_the_replay_lies_where_the_networks_learn_if_it_fits(monkeypatch):
+    config, actions = AgentConfig(training=Training(device="cuda")), spaces.Discrete(4)
+    image = spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    for observations in (OBSERVATIONS, image, spaces.Dict({"a": OBSERVATIONS, "b": spaces.Discrete(3), "c": image})):
+        assert rows_on_device(config, observations, actions)
+    assert not rows_on_device(config.replace(overlap=True), OBSERVATIONS, actions)
+    assert not rows_on_device(AgentConfig(), OBSERVATIONS, actions)
+
+    rows = config.hyperparameters.replay_capacity
+    monkeypatch.setattr(device, "free_memory", lambda place: 10_000 * rows)  # more than a frame of each row takes
+    assert rows_on_device(config, image, actions)
+    assert not rows_on_device(config, spaces.Box(0, 255, (84, 84, 3), np.uint8), actions)
+    monkeypatch.setattr(device, "free_memory", lambda place: 50 * rows)
+    assert not rows_on_device(config, OBSERVATIONS, actions)
 
     def without(place):
         raise RuntimeError(f"device is {place}, but this build has no kernels")
 
     monkeypatch.setattr(device, "backend", without)
-    assert not rows_on_device(config, OBSERVATIONS)
+    assert not rows_on_device(config, OBSERVATIONS, actions)
 
 
 @pytest.mark.parametrize("agent", ["sac", "td3"])

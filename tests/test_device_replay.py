@@ -8,13 +8,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from reference.frames import StackedEnvironment
 from replay_rows import SCHEMA, rows, values_of
 from torch.utils._pytree import tree_leaves
 
 from angle_rl import AgentConfig, device
-from angle_rl.agents.actor_critic import check_replay
+from angle_rl.agents.replays import check_replay
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
-from angle_rl.replay.device import DeviceCore, stream_order
+from angle_rl.replay.device import DeviceCore, rows_after, rows_before
 from angle_rl.types import RandomKey
 
 PLACES = ["host kernels", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -45,7 +46,7 @@ def pair(kind=PrioritizedReplayBuffer, capacity=1000, schema=SCHEMA, **options):
 def assert_same(batch, other):
     leaves = zip(tree_leaves(batch), tree_leaves(other), strict=True)
     for index, (own, theirs) in enumerate(leaves):
-        assert torch.equal(own, theirs.cpu()), (index, own, theirs)
+        np.testing.assert_array_equal(own, theirs.cpu(), err_msg=str(index))
 
 
 def assert_alike(host, there):
@@ -133,6 +134,132 @@ def test_the_same_calls_give_the_same_rows(kind, capacity, odd, seed):
             host.priority_exponent = there.priority_exponent = 0.3
             assert there.priority_exponent == 0.3
     assert_alike(host, there)
+
+
+# ---- shared successors, stacks of frames ----
+
+
+class Looks:
+    """Rows of a few environments whose observations have so many stacked frames, or none, and a vector beside."""
+
+    def __init__(self, stack, shape, dtype, beside, seed):
+        self.random, self.beside, self.dtype = np.random.default_rng(seed), beside, dtype
+        self.environments = [StackedEnvironment(stack, shape, seed + i, shades=3) for i in range(3)]
+        observation = ((stack, *shape) if stack > 1 else shape, dtype)
+        joints = {"look": observation, "joints": ((3,), "f4")}
+        self.schema = {"observations": joints if beside else observation, "actions": ((), "i4")}
+
+    def rows(self):
+        """From one environment, several in a row or one of each."""
+        one = self.random.integers(2) == 0
+        who = [0] * int(self.random.integers(1, 5)) if one else list(self.random.permutation(3))
+        pairs, ends = [], []
+        for i in who:
+            pairs.append(self.environments[i].step())
+            ends.append(self.random.random(2) < 0.15)
+            if any(ends[-1]) or self.random.random() < 0.1:  # or it breaks off
+                self.environments[i].reset()
+        n = len(who)
+        numbers = self.random.integers(0, 100, n)
+        looks = [np.stack([pair[side] for pair in pairs]).astype(self.dtype) for side in range(2)]
+        if self.beside:
+            joints = self.random.integers(0, 2, (2, n, 3)).astype("f4")
+            joints[self.random.random((2, n, 3)) < 0.02] = np.nan
+            looks = [{"look": look, "joints": joint} for look, joint in zip(looks, joints, strict=True)]
+        terminated, truncated = np.array(ends).T
+        return looks[0], numbers.astype("i4"), numbers.astype("f4"), looks[1], terminated, truncated, np.array(who)
+
+
+@pytest.mark.parametrize("kind", [ReplayBuffer, PrioritizedReplayBuffer])
+@pytest.mark.parametrize("capacity", [2, 5, 11, 60, 1000])
+@pytest.mark.parametrize(
+    ("stack", "shape", "dtype", "beside", "options"),
+    [
+        (1, (3, 5), "u1", False, {}),
+        (4, (3, 5), "u1", False, {}),
+        (2, (8, 8), "u1", True, {}),
+        (3, (2, 1), "f4", False, {"frame_stack": 3}),
+        (1, (2,), "f8", True, {"share_successors": True}),
+    ],
+)
+def test_the_same_calls_give_the_same_shared_rows(kind, capacity, stack, shape, dtype, beside, options):
+    random = np.random.default_rng(capacity)
+    made = Looks(stack, shape, dtype, beside, capacity)
+    host, there = pair(kind, capacity, made.schema, seed=stack, **options)
+    assert there._core.stack == stack
+    assert there._core.shares_successors
+    handles, drawn = np.empty(0, np.int64), 0
+    for call in range(120):
+        *row, streams = made.rows()
+        if len(streams) > capacity:
+            continue
+        graded = random.exponential(size=len(streams)) if kind is PrioritizedReplayBuffer and call % 4 == 3 else None
+        single = streams if streams.any() or call % 2 else None
+        new = host.insert(*row, single, priorities=graded)
+        theirs = there.insert(*row, single, priorities=graded)
+        np.testing.assert_array_equal(theirs.cpu(), new)
+        assert len(there) == len(host)
+        handles = np.concatenate([handles, new])[-3 * capacity - 9 :]
+        asked = {
+            "n_step": 1 + call % 4,
+            "stratified": bool(call % 2),
+            "key": RandomKey(call) if call % 5 == 0 else None,
+        }
+        if host._core.weights().sum() > 0:  # not everything is an observation alone, or has lost frames
+            drawn += 1
+            assert_same(host.sample(1 + call % 70, **asked), there.sample(1 + call % 70, **asked))
+        if kind is PrioritizedReplayBuffer:
+            some = random.choice(handles, 20)
+            td_errors = random.exponential(size=20)
+            assert int(there.update_priorities(some, td_errors)) == host.update_priorities(some, td_errors)
+        if call % 13 == 12:
+            some = random.choice(handles, 2)
+            assert there.remove(some) == host.remove(some)
+        if call == 60 and kind is PrioritizedReplayBuffer:
+            host.priority_exponent = there.priority_exponent = 0.3
+    assert drawn > 60 or capacity < 5
+    assert_alike(host, there)
+
+
+@pytest.mark.parametrize("stack", [1, 4])
+def test_frames_that_are_there_stay_there(place, tmp_path, stack):
+    """Inserted from tensors, and again after a file, on either side."""
+    made = Looks(stack, (4, 4), "u1", False, 0)
+    host, there = pair(capacity=40, schema=made.schema, n_step=3)
+    for call in range(60):
+        if call == 40:
+            host, there = (
+                PrioritizedReplayBuffer.load(buffer.save(tmp_path / str(to)), device=to)
+                for buffer, to in ((there, "cpu"), (host, "cuda"))
+            )
+        rows = made.rows()
+        new = there.insert(*(torch.as_tensor(column).to(place) for column in rows))
+        assert new.device == place
+        np.testing.assert_array_equal(new.cpu(), host.insert(*rows))
+        ones = torch.ones(len(new), device=place)
+        assert int(there.update_priorities(new, ones)) == host.update_priorities(new.cpu(), ones.cpu())
+        assert_same(host.sample(30), there.sample(30))
+    assert_alike(host, there)
+
+
+def test_refused_frames_leave_everything_as_it_was(place):
+    made = Looks(4, (4, 4), "u1", False, 0)
+    host, there = pair(capacity=40, schema=made.schema)
+    for _ in range(5):
+        rows = made.rows()
+        host.insert(*rows)
+        there.insert(*rows)
+    wrong = [torch.as_tensor(column).to(place) for column in rows]
+    wrong[2] = torch.full_like(wrong[2], torch.inf)
+    assert (there.insert(*wrong) == -1).all()
+    refused(there, r"rewards\[0\] is inf; rewards must be finite")
+    host.sample(2)
+    rows = made.rows()
+    np.testing.assert_array_equal(there.insert(*rows).cpu(), host.insert(*rows))
+    assert_alike(host, there)
+
+
+# ---- large calls ----
 
 
 @pytest.mark.parametrize("n", [1024, 1025, 20_000])
@@ -286,8 +413,6 @@ def test_an_empty_buffer_and_one_without_weight():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"share_successors": True}, "share_successors must be False"),
-        ({"frame_stack": 4}, "frame_stack 1"),
         ({"shared": True}, "the memory is to be shared"),
         ({"path": "rows"}, "the memory is to be file"),
     ],
@@ -410,12 +535,14 @@ def test_rows_beyond_two_gigabytes():
 def test_the_order_within_streams(n):
     random = np.random.default_rng(n)
     for streams in (np.zeros(n, int), np.arange(n), random.integers(0, 3, n)):
-        following, last = (part.tolist() for part in stream_order(torch.from_numpy(streams)))
+        following, last = (part.tolist() for part in rows_after(torch.from_numpy(streams)))
+        (before,) = (part.tolist() for part in rows_before(torch.from_numpy(streams)))
         for i in range(n):
             later = [j for j in range(i + 1, n) if streams[j] == streams[i]]
             assert following[i] == (later[0] if later else -1)
             first = all(streams[j] != streams[i] for j in range(i))
             assert last[i] == ([i, *later][-1] if first else -1)
+            assert before[i] == max((j for j in range(i) if streams[j] == streams[i]), default=-1)
 
 
 @pytest.mark.cuda

@@ -139,7 +139,7 @@ def test_nested_observations_and_images():
     assert torch.equal(batch.observations["joints"][1], index % 3)
     assert torch.equal(batch.actions, index % 4)
     as_batch = {"camera": camera, "joints": (np.zeros((10, 2), np.float32), np.zeros(10, np.int64))}
-    assert buffer.insert(as_batch, np.zeros(10, np.int64), np.ones(10), as_batch, np.zeros(10, bool)).size == 10
+    assert len(buffer.insert(as_batch, np.zeros(10, np.int64), np.ones(10), as_batch, np.zeros(10, bool))) == 10
     with pytest.raises(ValueError, match="camera, joints"):
         buffer.insert({"camera": camera[0]}, 0, 0.0, {"camera": camera[0]}, False)
 
@@ -415,6 +415,7 @@ def test_exported_state_goes_on_with_the_same_batches(kind):
     assert {**source.stats()} == {**target.stats()}
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_state_fits_whatever_a_buffer_says_of_itself():
     """A segment carries its buffer's description, which may be longer or shorter than the other's."""
     source = PrioritizedReplayBuffer(64, SCHEMA, seed=1)

@@ -12,6 +12,8 @@ from reference.n_step import History, Row
 
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
 
+pytestmark = pytest.mark.usefixtures("replay_place")
+
 KINDS = [ReplayBuffer, PrioritizedReplayBuffer]
 SHAPE = (5, 6)
 
@@ -254,6 +256,7 @@ def test_observations_alone_count_as_held_and_not_as_rows():
     assert len(buffer) == len(buffer.sample(len(buffer), replacement=False).handles)
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_stacks_are_whole_while_two_threads_insert():
     """A frame is its number in every pixel; of a stack, only the first frames of an episode repeat."""
     life, stack = 7, 4

@@ -19,7 +19,7 @@ namespace {
 using namespace device;
 
 struct FieldPlace {
-  uint32_t offset, bytes;
+  uint32_t offset, bytes, frames;
   FieldReal real;
 };
 
@@ -42,12 +42,14 @@ class DeviceReplay {
     view_.levels = static_cast<uint32_t>(sums.size());
     std::copy(sums.begin(), sums.end(), view_.sums_at);
     std::copy(shifts.begin(), shifts.end(), view_.shift);
+    view_.stack = static_cast<uint32_t>(number("stack"));
+    view_.shares_successors = static_cast<uint32_t>(number("shares_successors"));
     observations_ = number("observations");
     reward_ = number("reward");
-    for (const auto& field : layout["fields"].cast<std::vector<std::tuple<uint32_t, uint32_t, std::string>>>()) {
-      const std::string& kind = std::get<2>(field);
+    using Described = std::tuple<uint32_t, uint32_t, uint32_t, std::string>;
+    for (const auto& [offset, bytes, frames, kind] : layout["fields"].cast<std::vector<Described>>()) {
       const FieldReal real = kind == "f4" ? FieldReal::kFloat : kind == "f8" ? FieldReal::kDouble : FieldReal::kNone;
-      fields_.push_back({std::get<0>(field), std::get<1>(field), real});
+      fields_.push_back({offset, bytes, frames, real});
     }
     if (fields_.size() > kMostFields) {
       throw std::invalid_argument("a row has " + std::to_string(fields_.size()) +
@@ -59,30 +61,26 @@ class DeviceReplay {
   void insert(const std::vector<uintptr_t>& columns, uint64_t n, uint64_t first_ticket, uintptr_t terminated,
               uintptr_t truncated, uintptr_t streams, uintptr_t next, uintptr_t last, uintptr_t priorities,
               bool check_rewards, uintptr_t stream) const {
-    require_columns(columns.size(), fields_.size());
-    InsertParams p{};
-    p.view = view_;
-    p.scratch = scratch_;
-    p.flags = flags_;
-    p.field_count = static_cast<uint32_t>(fields_.size());
-    for (size_t f = 0; f < fields_.size(); ++f) {
-      const bool observed = f < observations_ || f >= fields_.size() - observations_;
-      p.fields[f] = {at<const uint8_t>(columns[f]), fields_[f].offset, fields_[f].bytes,
-                     observed ? fields_[f].real : FieldReal::kNone};
-    }
-    p.rows_per_warp = few_a_warp(n);
-    p.n = n;
+    InsertParams p = insert_params(columns, n, terminated, truncated, streams, priorities, check_rewards);
     p.first_ticket = first_ticket;
-    p.terminated = at<const uint8_t>(terminated);
-    p.truncated = at<const uint8_t>(truncated);
-    p.streams = at<const int64_t>(streams);
     p.next = at<const int32_t>(next);
     p.last = at<const int32_t>(last);
-    p.priorities = at<const float>(priorities);
-    p.rewards = check_rewards ? at<const uint8_t>(columns[reward_]) : nullptr;
-    p.reward = fields_[reward_].real;
     check_launch(angle_replay_insert(&p, at<void>(stream)), "replay_insert");
   }
+
+  // The same where successors are shared. handles: [n], to be written. work: work_bytes(n) bytes.
+  void insert_sharing(const std::vector<uintptr_t>& columns, uint64_t n, uintptr_t terminated, uintptr_t truncated,
+                      uintptr_t streams, uintptr_t previous, uintptr_t priorities, bool check_rewards,
+                      uintptr_t handles, uintptr_t work, uintptr_t stream) const {
+    InsertParams p = insert_params(columns, n, terminated, truncated, streams, priorities, check_rewards);
+    p.previous = at<const int32_t>(previous);
+    p.handles = at<int64_t>(handles);
+    p.writes = at<RecordWrite>(work);
+    p.looks = at<RowLooks>(work + n * writes_a_row() * sizeof(RecordWrite));
+    check_launch(angle_replay_insert(&p, at<void>(stream)), "replay_insert");
+  }
+
+  uint64_t work_bytes(uint64_t n) const { return n * (writes_a_row() * sizeof(RecordWrite) + sizeof(RowLooks)); }
 
   // addresses: one a field, then discounts, importance weights, handles and steps; drawn: [n] 64-bit words to work
   // with. how: SampleParams::Flags. live: two float64, discount and importance exponent, to be read instead of the
@@ -96,7 +94,7 @@ class DeviceReplay {
     p.flags = flags_;
     for (size_t f = 0; f < fields_.size(); ++f) {
       if (n_step > 1 && f == reward_) continue;
-      p.fields[p.field_count++] = {at<uint8_t>(addresses[f]), fields_[f].offset, fields_[f].bytes,
+      p.fields[p.field_count++] = {at<uint8_t>(addresses[f]), fields_[f].offset, fields_[f].bytes, fields_[f].frames,
                                    f >= fields_.size() - observations_ ? 1u : 0u};
     }
     p.draws_per_warp = few_a_warp(n);
@@ -148,6 +146,33 @@ class DeviceReplay {
   }
 
  private:
+  uint64_t writes_a_row() const { return 1 + 2 * uint64_t{view_.stack}; }
+
+  InsertParams insert_params(const std::vector<uintptr_t>& columns, uint64_t n, uintptr_t terminated,
+                             uintptr_t truncated, uintptr_t streams, uintptr_t priorities, bool check_rewards) const {
+    require_columns(columns.size(), fields_.size());
+    InsertParams p{};
+    p.view = view_;
+    p.scratch = scratch_;
+    p.flags = flags_;
+    p.field_count = static_cast<uint32_t>(fields_.size());
+    for (size_t f = 0; f < fields_.size(); ++f) {
+      const bool observed = f < observations_ || f >= fields_.size() - observations_;
+      p.fields[f] = {at<const uint8_t>(columns[f]), fields_[f].offset, fields_[f].bytes, fields_[f].frames,
+                     observed ? fields_[f].real : FieldReal::kNone};
+    }
+    p.observations = static_cast<uint32_t>(observations_);
+    p.rows_per_warp = few_a_warp(n);
+    p.n = n;
+    p.terminated = at<const uint8_t>(terminated);
+    p.truncated = at<const uint8_t>(truncated);
+    p.streams = at<const int64_t>(streams);
+    p.priorities = at<const float>(priorities);
+    p.rewards = check_rewards ? at<const uint8_t>(columns[reward_]) : nullptr;
+    p.reward = fields_[reward_].real;
+    return p;
+  }
+
   // Rows that a warp sees to: one while that fills no more than a large device, up to its 32 lanes beyond.
   static uint32_t few_a_warp(uint64_t n) {
     constexpr uint64_t kWarps = 8192;
@@ -187,6 +212,10 @@ void bind_device_replay(py::module_& m) {
       .def("insert", &DeviceReplay::insert, py::arg("columns"), py::arg("n"), py::arg("first_ticket"),
            py::arg("terminated"), py::arg("truncated"), py::arg("streams"), py::arg("next"), py::arg("last"),
            py::arg("priorities"), py::arg("check_rewards"), py::arg("stream"))
+      .def("insert_sharing", &DeviceReplay::insert_sharing, py::arg("columns"), py::arg("n"), py::arg("terminated"),
+           py::arg("truncated"), py::arg("streams"), py::arg("previous"), py::arg("priorities"),
+           py::arg("check_rewards"), py::arg("handles"), py::arg("work"), py::arg("stream"))
+      .def("work_bytes", &DeviceReplay::work_bytes, py::arg("n"))
       .def("sample", &DeviceReplay::sample, py::arg("addresses"), py::arg("drawn"), py::arg("n"), py::arg("n_step"),
            py::arg("discount"), py::arg("importance_exponent"), py::arg("how"), py::arg("key"), py::arg("live"),
            py::arg("stream"))

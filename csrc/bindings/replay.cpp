@@ -326,17 +326,19 @@ class PyReplay {
     const SegmentLayout& at = replay_->layout();
     const RecordLayout& record = replay_->record();
     const size_t levels = at.tree.levels;
-    std::vector<std::tuple<uint32_t, uint32_t, std::string>> fields;
+    std::vector<std::tuple<uint32_t, uint32_t, uint32_t, std::string>> fields;
     for (size_t f = 0; f < record.fields.size(); ++f) {
       const py::dtype& dtype = reader_.types()[f].dtype;
-      fields.emplace_back(record.fields[f].offset, record.fields[f].bytes,
-                          dtype.kind() + std::to_string(dtype.itemsize()));
+      const Field& field = record.fields[f];
+      fields.emplace_back(field.offset, field.bytes, field.frames, dtype.kind() + std::to_string(dtype.itemsize()));
     }
     py::typing::Dict<py::str, py::object> out;
     out["capacity"] = at.capacity;
     out["record_bytes"] = at.record_bytes;
     out["header_bytes"] = sizeof(SegmentHeader);
     out["exponent_at"] = offsetof(SegmentHeader, exponent);
+    out["next_ticket_at"] = offsetof(SegmentHeader, next_ticket);
+    out["rows_at"] = offsetof(SegmentHeader, rows);
     out["streams_at"] = at.streams_at;
     out["leaves_at"] = at.leaves_at;
     out["records_at"] = at.records_at;
@@ -347,6 +349,8 @@ class PyReplay {
     out["total_bytes"] = at.total_bytes;
     out["fields"] = fields;
     out["observations"] = record.roles.observations;
+    out["shares_successors"] = record.roles.share_successors;
+    out["stack"] = record.stack;
     out["reward"] = reader_.reward_field();
     return out;
   }

@@ -5,6 +5,7 @@
 #include "cuda/random.inl"
 #include "cuda/replay_insert.inl"
 #include "cuda/replay_sample.inl"
+#include "cuda/replay_share.inl"
 #include "cuda/replay_update.inl"
 
 namespace angle::device {
@@ -15,6 +16,12 @@ extern "C" {
 
 int angle_replay_insert(const InsertParams* p, void* stream) {
   if (const int code = launch<PrepareInsert>(*p, 1, stream); code != 0) return code;
+  if (p->view.shares_successors != 0) {
+    const uint64_t blocks = blocks_for(p->n, LookAtRows::kWarps);
+    if (const int code = launch<LookAtRows>(*p, blocks, stream); code != 0) return code;
+    if (const int code = launch<PlaceRows>(*p, 1, stream); code != 0) return code;
+    return launch<WriteRecords>(*p, 2 * blocks, stream);  // mostly a row's own fields and its successor
+  }
   const uint64_t rows = uint64_t{p->rows_per_warp} * (InsertRowsKernel::kThreads / kLanes);
   return launch<InsertRowsKernel>(*p, blocks_for(p->n, rows), stream);
 }

@@ -120,7 +120,7 @@ struct InsertRowsKernel {
       for (uint32_t f = 0; f < p.field_count; ++f) {
         const FieldIn& field = p.fields[f];
         uint8_t* const column = const_cast<uint8_t*>(field.rows) + base * field.bytes;
-        move_field<true>(warp, view, column, slots, rows, field.offset, field.bytes);
+        move_field<true>(warp, view, column, slots, rows, field.offset, field.bytes, field.bytes);
         if (field.looked_at == FieldReal::kNone) continue;
         const uint32_t width = field.bytes / (field.looked_at == FieldReal::kFloat ? 4 : 8);
         warp.each([&](int lane) {

@@ -21,6 +21,8 @@ struct ReplayView {
   uint64_t top_nodes;
   uint32_t shift[TreeShape::kMaxLevels];
   uint32_t levels, weight_bits;
+  uint32_t stack;              // frames of a stack of which a record keeps one; 1: none
+  uint32_t shares_successors;  // 1: a row's successor is the observation of its stream's next record
 };
 
 // What kernels of one buffer leave for one another, beside the segment. All zeros at first, but for `smallest`.
@@ -31,6 +33,7 @@ struct ReplayScratch {
   float default_priority;
   uint64_t default_weight;
   uint64_t bad;                     // of the insert under way: 1 + the index of the first bad row counted from the end
+  uint64_t writes;                  // of the insert under way, where successors are shared
   float bucket_priority[kBuckets];  // what PriorityMap::priority says of each bucket's upper edge
 };
 
@@ -55,7 +58,23 @@ enum class FieldReal : uint32_t { kNone = 0, kFloat = 1, kDouble = 2 };
 struct FieldIn {
   const uint8_t* rows;
   uint32_t offset, bytes;
+  uint32_t frames;      // above 1: a stack of so many, of which a record keeps one
   FieldReal looked_at;  // for NaN, if it is an observation
+};
+
+// A row that shares its successor, beside what its stream holds.
+struct RowLooks {
+  uint8_t shows;                  // its observation is what the stream's newest record shows
+  uint8_t continues;              // its successor's older frames are its observation's newer ones
+  uint8_t own_first, next_first;  // first frames to be kept of its observation and its successor: those before repeat
+};
+
+// What goes into a record: one frame of a row's observation or of its successor, or all that is neither.
+struct RecordWrite {
+  enum What : uint32_t { kObservation, kSuccessor, kRest };
+  uint64_t slot, lap;
+  uint64_t row;
+  uint32_t frame, what;
 };
 
 struct InsertParams {
@@ -64,6 +83,7 @@ struct InsertParams {
   ReplayFlags* flags;
   FieldIn fields[kMostFields];
   uint32_t field_count, rows_per_warp;
+  uint32_t observations;  // the first fields; as many last ones are their successors
   uint64_t n, first_ticket;
   const uint8_t* terminated;  // [n]
   const uint8_t* truncated;   // [n], or null: none
@@ -73,12 +93,18 @@ struct InsertParams {
   const float* priorities;    // [n], or null: the default
   const uint8_t* rewards;     // [n], looked at where `reward` says how, else null
   FieldReal reward;
+  // Where successors are shared, in place of first_ticket, next and last:
+  const int32_t* previous;  // [n], index of the stream's row before in this call, -1: none; null where streams is
+  RowLooks* looks;          // [n]
+  RecordWrite* writes;      // [n * (1 + 2 * stack)]
+  int64_t* handles;         // [n]
 };
 
 struct FieldOut {
   uint8_t* rows;
   uint32_t offset, bytes;
-  uint32_t successor;  // 1: read from the window's last record
+  uint32_t frames;     // above 1: a stack of so many, of which a record keeps one
+  uint32_t successor;  // 1: read from the window's last record, or from the one after where successors are shared
 };
 
 struct SampleParams {

@@ -108,9 +108,13 @@ struct SampleRows {
       });
       for (uint32_t f = 0; f < p.field_count; ++f) {
         const FieldOut& field = p.fields[f];
+        if (field.frames > 1) continue;
         move_field<false>(warp, view, field.rows + base * field.bytes, field.successor != 0 ? ends : slots, draws,
-                          field.offset, field.bytes);
+                          field.offset, field.bytes, field.bytes);
       }
+      if (view.parts.stack == 1) return;
+      move_frames(warp, view, p, base, draws, slots, 0);
+      move_frames(warp, view, p, base, draws, ends, 1);
     });
 
     // The last block to come here finishes the batch.
@@ -250,8 +254,27 @@ struct SampleRows {
     return node * fan + child;
   }
 
+  // The stacks of so many draws, newest frame first; `slots`, which are used up, hold the records of that one. Where a
+  // chain ends, its oldest repeats.
+  ANGLE_DEVICE static void move_frames(const Warp& warp, const View& view, const SampleParams& p, uint64_t base,
+                                       uint32_t draws, uint64_t* slots, uint32_t successor) {
+    for (uint32_t frame = view.parts.stack; frame-- > 0;) {
+      for (uint32_t f = 0; f < p.field_count; ++f) {
+        const FieldOut& field = p.fields[f];
+        if (field.frames == 1 || field.successor != successor) continue;
+        const uint32_t kept = field.bytes / field.frames;
+        uint8_t* const column = field.rows + base * field.bytes + frame * kept;
+        move_field<false>(warp, view, column, slots, draws, field.offset, kept, field.bytes);
+      }
+      warp.each([&](int lane) {
+        if (frame == 0 || static_cast<uint32_t>(lane) >= draws || slots[lane] == kNowhere) return;
+        slots[lane] = view.place_of(*view.word(slots[lane], RecordLayout::kPrevious)).slot;
+      });
+    }
+  }
+
   // Sums the rewards of up to n_step rows of the stream, writes what follows from that, and returns the slot of the
-  // last.
+  // record that shows the last one's successor.
   ANGLE_DEVICE static uint64_t walk_window(const View& view, const SampleParams& p, Place at, double discount,
                                            uint64_t i) {
     uint64_t head = *view.word(at.slot, RecordLayout::kHead);
@@ -264,8 +287,10 @@ struct SampleRows {
         if (RecordHead::has(head, RecordHead::kTerminated | RecordHead::kTruncated) || next == at.ticket) break;
         const Place then = view.place_of(next);
         if (!view.code.has_lap(view.leaves()[then.slot], then.lap)) break;
+        const uint64_t then_head = *view.word(then.slot, RecordLayout::kHead);
+        if (!RecordHead::has(then_head, RecordHead::kRow)) break;  // an observation alone
         at = then;
-        head = *view.word(at.slot, RecordLayout::kHead);
+        head = then_head;
         sum += factor * reward_at(view, p, at.slot);
         factor *= discount;
       }
@@ -277,7 +302,8 @@ struct SampleRows {
     }
     p.steps[i] = steps;
     p.discounts[i] = RecordHead::has(head, RecordHead::kTerminated) ? 0.0f : static_cast<float>(factor);
-    return at.slot;
+    if (view.parts.shares_successors == 0) return at.slot;
+    return view.place_of(*view.word(at.slot, RecordLayout::kNext)).slot;
   }
 
   ANGLE_DEVICE static double reward_at(const View& view, const SampleParams& p, uint64_t slot) {

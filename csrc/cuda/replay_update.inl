@@ -239,6 +239,7 @@ struct RemoveRows {
       shared.counts.flush(h, thread, block.threads);
       if (thread != 0) return;
       h.removed += p.n - shared.refused;
+      if (view.parts.shares_successors != 0) h.rows -= p.n - shared.refused;
       h.refused_updates += shared.refused;
       *p.refused = static_cast<int64_t>(shared.refused);
     });

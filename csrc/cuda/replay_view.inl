@@ -138,15 +138,19 @@ ANGLE_DEVICE void change_weight(const View& view, CountChanges& counts, uint64_t
 
 constexpr uint64_t kNowhere = ~0ull;
 
-// `rows` rows of one field between a column, where they lie side by side, and the records of these slots, by all lanes
-// of a warp. A lane has many loads under way before its first store: what they wait for is memory. From a record that
-// is nowhere come zeros.
+// `rows` rows of one field between a column, where they begin `pitch` bytes apart, and the records of these slots, by
+// all lanes of a warp. A lane has many loads under way before its first store: what they wait for is memory. From a
+// record that is nowhere come zeros.
 template <class Word, bool kIntoRecords>
 ANGLE_DEVICE void move_words(const Warp& warp, const View& view, uint8_t* column, const uint64_t* slots, uint32_t rows,
-                             uint32_t offset, uint32_t bytes) {
-  constexpr uint32_t kAhead = 8;
-  const uint32_t width = bytes / static_cast<uint32_t>(sizeof(Word)), total = rows * width;
+                             uint32_t offset, uint32_t bytes, uint32_t pitch) {
+  constexpr uint32_t kAhead = 8, kWord = static_cast<uint32_t>(sizeof(Word));
+  const uint32_t width = bytes / kWord, between = pitch / kWord, total = rows * width;
   Word* const words = reinterpret_cast<Word*>(column);
+  const auto in_column = [&](uint32_t at) {
+    const uint32_t row = at / width;
+    return words + row * between + (at - row * width);
+  };
   const auto in_record = [&](uint32_t at) {
     const uint32_t row = at / width;
     return reinterpret_cast<Word*>(view.record(slots[row]) + offset) + (at - row * width);
@@ -159,7 +163,7 @@ ANGLE_DEVICE void move_words(const Warp& warp, const View& view, uint8_t* column
         const uint32_t at = first + ahead * kLanes;
         if (at >= total) continue;
         if (kIntoRecords) {
-          kept[ahead] = words[at];
+          kept[ahead] = *in_column(at);
         } else {
           kept[ahead] = slots[at / width] == kNowhere ? Word{0} : *in_record(at);
         }
@@ -168,7 +172,7 @@ ANGLE_DEVICE void move_words(const Warp& warp, const View& view, uint8_t* column
       for (uint32_t ahead = 0; ahead < kAhead; ++ahead) {
         const uint32_t at = first + ahead * kLanes;
         if (at >= total) continue;
-        *(kIntoRecords ? in_record(at) : words + at) = kept[ahead];
+        *(kIntoRecords ? in_record(at) : in_column(at)) = kept[ahead];
       }
     }
   });
@@ -176,14 +180,14 @@ ANGLE_DEVICE void move_words(const Warp& warp, const View& view, uint8_t* column
 
 template <bool kIntoRecords>
 ANGLE_DEVICE void move_field(const Warp& warp, const View& view, uint8_t* column, const uint64_t* slots, uint32_t rows,
-                             uint32_t offset, uint32_t bytes) {
-  const uint64_t all = reinterpret_cast<uintptr_t>(column) | offset | bytes;  // records lie on cache lines
+                             uint32_t offset, uint32_t bytes, uint32_t pitch) {
+  const uint64_t all = reinterpret_cast<uintptr_t>(column) | offset | bytes | pitch;  // records lie on cache lines
   if (all % 8 == 0) {
-    move_words<uint64_t, kIntoRecords>(warp, view, column, slots, rows, offset, bytes);
+    move_words<uint64_t, kIntoRecords>(warp, view, column, slots, rows, offset, bytes, pitch);
   } else if (all % 4 == 0) {
-    move_words<uint32_t, kIntoRecords>(warp, view, column, slots, rows, offset, bytes);
+    move_words<uint32_t, kIntoRecords>(warp, view, column, slots, rows, offset, bytes, pitch);
   } else {
-    move_words<uint8_t, kIntoRecords>(warp, view, column, slots, rows, offset, bytes);
+    move_words<uint8_t, kIntoRecords>(warp, view, column, slots, rows, offset, bytes, pitch);
   }
 }
 

@@ -11,7 +11,6 @@ import gymnasium
 import numpy as np
 import torch
 
-from angle_rl import device as devices
 from angle_rl.agents.base import crossings, in_updates, known_as, name_of
 from angle_rl.agents.exploration import Exploration, make_schedule
 from angle_rl.agents.learning import begin_meta, learning_of, shaped_policy_loss, shapes_policy_loss
@@ -26,6 +25,7 @@ from angle_rl.agents.noise import (
     within_bounds,
 )
 from angle_rl.agents.optimizers import network_optimizer
+from angle_rl.agents.replays import check_replay, make_replay
 from angle_rl.agents.state import (
     ActorCriticState,
     begin_streams,
@@ -41,8 +41,6 @@ from angle_rl.engines.base import Bounds, NextValues, PolicyLoss, Update
 from angle_rl.engines.data_parallel import check_device, taken_out
 from angle_rl.engines.native import usable_threads
 from angle_rl.models import TwinQ
-from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
-from angle_rl.spaces import map_space
 from angle_rl.tensors import beside
 from angle_rl.types import Array, Batch, EnvironmentState, RandomKey, RLState, UpdateSpec
 
@@ -387,86 +385,6 @@ def begins_anew(seen: EnvironmentState) -> Array:
     """``[n]`` bool: the environments whose episode ended with the last step, or all where none has stepped."""
     ended: Array = (seen.terminated | seen.truncated) & seen.stepped
     return ended if seen.stepped.any() else np.ones(len(seen.stepped), np.bool_)
-
-
-def make_replay(
-    config: AgentConfig,
-    observation_space: gymnasium.Space[Any],
-    action_space: gymnasium.Space[Any],
-    seed: int,
-) -> ReplayBuffer | PrioritizedReplayBuffer:
-    """The replay that the config asks for: on the device that learns, where `rows_on_device` says so.
-
-    Of stacked images (`observation_history`) it keeps each frame once.
-    """
-    hyperparameters = config.hyperparameters
-    history = hyperparameters.observation_history
-    stacked = history > 1 and observation_space.dtype == np.uint8 and len(observation_space.shape or ()) == 3
-    frame_stack = history if stacked else None  # None: the replay's own choice
-    home = config.training.device if rows_on_device(config, observation_space) else "cpu"
-    if hyperparameters.replay == "uniform":
-        return ReplayBuffer(
-            hyperparameters.replay_capacity,
-            observation_space=observation_space,
-            action_space=action_space,
-            n_step=hyperparameters.n_step,
-            discount=hyperparameters.discount,
-            frame_stack=frame_stack,
-            seed=seed,
-            device=home,
-        )
-    return PrioritizedReplayBuffer(
-        hyperparameters.replay_capacity,
-        observation_space=observation_space,
-        action_space=action_space,
-        priority_exponent=hyperparameters.priority_exponent,
-        importance_exponent=hyperparameters.importance_exponent,
-        priority_epsilon=hyperparameters.priority_epsilon,
-        n_step=hyperparameters.n_step,
-        discount=hyperparameters.discount,
-        frame_stack=frame_stack,
-        seed=seed,
-        device=home,
-    )
-
-
-def rows_on_device(config: AgentConfig, observation_space: gymnasium.Space[Any]) -> bool:
-    """Whether the replay's rows are to lie on the CUDA device that learns, and not in the host's memory.
-
-    Not where this build has no kernels for it, nor with images of uint8, whose successors are shared, nor under
-    `overlap`, where one thread inserts while another samples.
-    """
-    training = config.training
-    if not training.device.startswith("cuda") or training.overlap:
-        return False
-    dtypes: list[Any] = []
-    map_space(lambda leaf: dtypes.append(leaf.dtype), observation_space)
-    try:
-        devices.backend(training.device)
-    except RuntimeError:
-        return False
-    return all(dtype != np.uint8 for dtype in dtypes)
-
-
-def check_replay(replay: Any, config: AgentConfig) -> None:
-    """ValueError where a replay contradicts the config, naming both values; TypeError where it is none."""
-    hyperparameters = config.hyperparameters
-    for name in ("insert", "sample", "discount"):
-        if not hasattr(replay, name):
-            raise TypeError(f"replay is a {type(replay).__name__}, which has no {name}; it must be a ReplayBuffer")
-    for name in ("discount", "n_step"):
-        own, configured = getattr(replay, name, 1), getattr(hyperparameters, name)
-        if own != configured:
-            raise ValueError(f"replay has {name} {own}, the config {configured}; they must agree")
-    kind = "prioritized" if hasattr(replay, "update_priorities") else "uniform"
-    if kind != hyperparameters.replay:
-        raise ValueError(f"replay is {kind} and the config says {hyperparameters.replay!r}; they must agree")
-    if getattr(replay, "resident", False):
-        training = config.training
-        if replay.memory_device.type != torch.device(training.device).type:
-            raise ValueError(f"replay is on {replay.memory_device} and device is {training.device!r}; they must agree")
-        if training.overlap:
-            raise ValueError(f"replay is on {replay.memory_device}, where one thread uses it, and overlap takes two")
 
 
 def configured_engine(config: AgentConfig, spec: UpdateSpec, update: Update) -> Engine:

@@ -9,18 +9,13 @@ from typing import Any
 
 import torch
 
-from angle_rl.agents.actor_critic import (
-    as_tensors,
-    check_replay,
-    configured_engine,
-    frozen_copy,
-    make_replay,
-)
+from angle_rl.agents.actor_critic import as_tensors, configured_engine, frozen_copy
 from angle_rl.agents.base import crossings, in_updates, known_as, name_of
 from angle_rl.agents.discrete import discrete_actions, epsilon_greedy, first_exploration, random_share, refuse_options
 from angle_rl.agents.learning import begin_meta, learning_of
 from angle_rl.agents.noise import seeded_torch
 from angle_rl.agents.optimizers import network_optimizer
+from angle_rl.agents.replays import check_replay, make_replay
 from angle_rl.agents.state import (
     LearnerState,
     begin_streams,

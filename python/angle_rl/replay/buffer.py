@@ -73,8 +73,8 @@ class ReplayBuffer:
         device: where sampled tensors are, unless ``sample`` says otherwise. On a CUDA device rows and tree are, too:
             draws, priorities and inserts are launched on the current stream and wait for nothing, the same seed draws
             the same rows as on a CPU, and what the device refuses is raised by a later call. Such a buffer is this
-            process's alone, shares no successors, draws with replacement, and is used by one thread at a time. Rows
-            that do not fit there stay on the host, with ``sample(device="cuda")``.
+            process's alone, draws with replacement, and is used by one thread at a time. Rows that do not fit there
+            stay on the host, with ``sample(device="cuda")``.
         shared: True: memory that forked children share and that ``multiprocessing`` passes to others. A name: other
             processes of this user find it by :meth:`attach`; it is taken away by :meth:`close` or when the process
             that made it ends, and by :meth:`unlink` where that was killed. Linux only.
@@ -143,12 +143,14 @@ class ReplayBuffer:
         options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
         capacity = check_integer("capacity", options["capacity"], 1, 2**63 - 1)
         seed = check_integer("seed", options["seed"], 0, 2**64 - 1)
-        if check_device(options["device"]).type == "cuda":
-            options = self._resident_options(options, place)
+        self.resident = resident = check_device(options["device"]).type == "cuda"
+        if resident and place.kind != "private":
+            raise ValueError(
+                f"device is {options['device']!r} and the memory is to be {place.kind}; leave out one of them"
+            )
         share = shares_successors(schema, options["share_successors"], options["frame_stack"])
         frames = frames_of(schema, options["frame_stack"], share)
         options |= {"share_successors": share}
-        self.resident = resident = check_device(options["device"]).type == "cuda"
         if place.kind != "file":
             available = free_memory(options["device"]) if resident else None
             require_memory(capacity, record_bytes(schema, share, frames), available)
@@ -173,20 +175,6 @@ class ReplayBuffer:
         self._core: _core.Replay = make(place.kind, place.target) if core is None else core
         if place.kind == "named":
             self._end = sharing.take_name_away(self)
-
-    @staticmethod
-    def _resident_options(options: dict[str, Any], place: Place) -> dict[str, Any]:
-        """The options of a buffer on a device. ValueError for what only host memory has."""
-        if place.kind != "private":
-            raise ValueError(
-                f"device is {options['device']!r} and the memory is to be {place.kind}; leave out one of them"
-            )
-        if options["share_successors"] or (options["frame_stack"] or 1) > 1:
-            raise ValueError(
-                f"device is {options['device']!r}; there every row keeps its own next observation, so share_successors "
-                "must be False and frame_stack 1 (or the device 'cpu', with sample(device='cuda'))"
-            )
-        return {**options, "share_successors": False, "frame_stack": 1}
 
     def _core_priorities(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The core's arguments about priorities, checked."""
@@ -369,7 +357,7 @@ class ReplayBuffer:
         streams: Any = None,
         *,
         priorities: Any = None,
-    ) -> Array:
+    ) -> Any:
         """Add one transition, or ``n`` with a leading axis on every argument.
 
         Args:
@@ -395,7 +383,8 @@ class ReplayBuffer:
 
         On a device tensors that are there do not leave it, if the observations are among them; arrays beside them, as
         rewards, flags and streams, are checked and go over in one copy. A number on the device that does not fit is
-        raised by a later call, none of its call's rows is stored, and the handles of that call name none.
+        raised by a later call, none of its call's rows is stored, and the handles of that call name none. Where
+        successors are shared the handles are a tensor on the device, since only that knows them; ``len`` waits for it.
         """
         if self._flat and type(observations) is np.ndarray and priorities is None and not self.resident:
             handles: Array | None = self._core.insert(

@@ -29,7 +29,6 @@ Arguments = tuple[int, int, float, float, int]
 class DeviceCore:
     """What ``_core.Replay`` is to a buffer in host memory. One thread at a time; any streams, one after the other."""
 
-    stack = 1
     descriptor = -1
 
     def __init__(self, make_twin: Callable[[], _core.Replay], place: torch.device) -> None:
@@ -61,6 +60,8 @@ class DeviceCore:
         self._loading: _core.Replay | None = None
         self.capacity: int = twin.capacity
         self.record_bytes: int = twin.record_bytes
+        self.stack: int = twin.stack
+        self.shares_successors: bool = self._layout["shares_successors"]
         self._push(twin)
 
     # Streams and errors ----------
@@ -106,16 +107,30 @@ class DeviceCore:
 
     # Rows in, batches out, priorities ----------
 
-    def insert(self, columns: Sequence[int], n: int, flags: Sequence[int], check_rewards: bool) -> Array:
-        """Launch the insert of `n` rows and return their handles. `flags`: addresses of terminated, truncated, streams,
-        their order (two) and priorities, 0 where there is none.
+    def insert(self, columns: Sequence[int], n: int, flags: Sequence[int], check_rewards: bool) -> Array | torch.Tensor:
+        """Launch the insert of `n` rows and return their handles: an array, or, where successors are shared and only
+        the device knows how many records they take, a tensor there. `flags`: addresses of terminated, truncated,
+        streams, priorities and the streams' order (`order_of`), 0 where there is none.
         """
-        first = self.next_ticket
+        terminated, truncated, streams, priorities, *order = flags
         self._in_order()
-        device.launch(self._calls.insert, self.device, list(columns), n, first, *flags, check_rewards)
-        self.next_ticket += n
+        handles: Array | torch.Tensor
+        rows: tuple[int, ...]
+        if self.shares_successors:
+            handles = torch.empty(n, dtype=torch.int64, device=self.device)
+            work = torch.empty(self._calls.work_bytes(n), dtype=torch.uint8, device=self.device)
+            rows = (n, terminated, truncated, streams, *order, priorities)
+            places = handles.data_ptr(), work.data_ptr()
+            device.launch(self._calls.insert_sharing, self.device, list(columns), *rows, check_rewards, *places)
+        else:
+            first = self._tickets
+            handles = np.arange(first, first + n, dtype=np.int64)
+            rows = (n, first, terminated, truncated, streams, *order, priorities)
+            device.launch(self._calls.insert, self.device, list(columns), *rows, check_rewards)
+            self._tickets += n
+        self.inserts += n
         self.launched()
-        return np.arange(first, first + n, dtype=np.int64)
+        return handles
 
     def sample(self, arguments: Arguments, tensors: Sequence[torch.Tensor], key: RandomKey | None) -> None:
         """Launch the draw of a batch into `tensors`. While a graph is captured, the discount and the importance
@@ -202,7 +217,7 @@ class DeviceCore:
         index = self._layout["header_bytes"] if header_only else records
         there[:index].copy_(self._memory[:index])
         if not header_only:
-            end = records + self.size * self.record_bytes
+            end = records + self._slots_in_use(twin) * self.record_bytes
             there[records:end].copy_(self._memory[records:end])
         self.check()
         return twin
@@ -211,10 +226,10 @@ class DeviceCore:
         self._in_order()
         there = torch.from_numpy(twin.memory())
         records = self._layout["records_at"]
-        self.next_ticket: int = twin.next_ticket
-        self._given_up = twin.stats()["busy_slots"]
+        self._tickets: int = twin.next_ticket  # as they are on the device, but where successors are shared
+        self.inserts: int = twin.stats()["inserts"]  # rows, those of calls that the device refused among them
         self._exponent = twin.priority_exponent()
-        end = records + self.size * self.record_bytes
+        end = records + self._slots_in_use(twin) * self.record_bytes
         self._memory[:end].copy_(there[:end])
         self._make_scratch(twin)
         self.launched()
@@ -225,15 +240,24 @@ class DeviceCore:
         addresses = self._memory.data_ptr(), self._scratch.data_ptr(), self._flags.data_ptr()
         self._calls = self._kernels.Replay(self._layout, *addresses)
 
-    @property
-    def size(self) -> int:
-        """Rows held."""
-        return min(self.next_ticket, self.capacity)
+    def _slots_in_use(self, twin: _core.Replay) -> int:
+        return min(twin.next_ticket, self.capacity)
+
+    def _counter(self, name: str) -> int:
+        """A number of the header, for which this waits."""
+        self._in_order()
+        at = self._layout[name]
+        return int(self._memory[at : at + 8].view(torch.int64))
 
     @property
-    def inserts(self) -> int:
-        """Rows inserted, as far as the host knows: those of a call that was refused there among them."""
-        return self.next_ticket - self._given_up
+    def next_ticket(self) -> int:
+        """Above all handles so far. Waits for the device where successors are shared."""
+        return self._counter("next_ticket_at") if self.shares_successors else self._tickets
+
+    @property
+    def size(self) -> int:
+        """Rows held. Waits for the device where successors are shared."""
+        return self._counter("rows_at") if self.shares_successors else min(self._tickets, self.capacity)
 
     def stats(self) -> dict[str, int]:
         return self.pull(header_only=True).stats()
@@ -272,7 +296,7 @@ class DeviceCore:
 # What a buffer does where its rows are on a device ----------
 
 
-def insert(buffer: Any, transition: tuple[Any, ...], ends: tuple[Any, Any, Any, Any]) -> Array:
+def insert(buffer: Any, transition: tuple[Any, ...], ends: tuple[Any, Any, Any, Any]) -> Array | torch.Tensor:
     """:meth:`ReplayBuffer.insert` into a buffer whose rows are on a device, from host arrays or tensors there.
 
     Where observations are there, everything that is stays there, and what is on the host goes over in one copy.
@@ -291,7 +315,8 @@ def insert(buffer: Any, transition: tuple[Any, ...], ends: tuple[Any, Any, Any, 
         columns, flags, n = _brought_over(core, schema, transition, ends)
     check_rewards = _is_there(core, leaves[len(schema.observations) + len(schema.actions)])
     if n == 0:
-        return np.empty(0, np.int64)
+        none = np.empty(0, np.int64)
+        return torch.from_numpy(none).to(core.device) if core.shares_successors else none
     addresses = [0 if flag is None else flag.data_ptr() for flag in flags]
     return core.insert([column.data_ptr() for column in columns], n, addresses, check_rewards)
 
@@ -304,7 +329,7 @@ def sample(
     core.check()
     if not replacement:
         raise ValueError("replacement is False; rows on a device are drawn with replacement only")
-    if core.next_ticket == 0:
+    if core.inserts == 0:
         raise ValueError("the buffer is empty; insert rows before sampling")
     n = arguments[0]
     if out is not None:
@@ -407,7 +432,7 @@ def _kept_there(core: DeviceCore, schema: Schema, leaves: list[Any], ends: tuple
         priorities = as_priorities(priorities) if on_host else priorities
     _require_room(core, n)
     _require_numbers(schema, columns, streams, priorities)
-    every = [*columns, terminated, truncated, streams, *_order(streams), priorities]
+    every = [*columns, terminated, truncated, streams, priorities, *_order(core, streams)]
     moved = iter(_moved(core, [value for value in every if isinstance(value, np.ndarray)]))
     tensors = [next(moved) if isinstance(value, np.ndarray) else value for value in every]
     count = len(columns)
@@ -424,7 +449,7 @@ def _brought_over(core: DeviceCore, schema: Schema, transition: tuple[Any, ...],
     n = len(terminated)
     _require_room(core, n)
     _require_numbers(schema, columns, streams, priorities)
-    arrays = [*columns, terminated, truncated, streams, *_order(streams), priorities]
+    arrays = [*columns, terminated, truncated, streams, priorities, *_order(core, streams)]
     moved = iter(_moved(core, [array for array in arrays if array is not None]))
     tensors = [None if array is None else next(moved) for array in arrays]
     count = len(columns)
@@ -444,12 +469,14 @@ def _require_numbers(schema: Schema, columns: Sequence[Any], streams: Any, prior
         _require_each("priorities", priorities, fits, "priorities must be finite and not negative")
 
 
-def _order(streams: Any) -> tuple[Any, Any]:
-    """`stream_order` where the streams are, on the device or on the host."""
+def _order(core: DeviceCore, streams: Any) -> tuple[Any, ...]:
+    """What the core's insert wants to know of the streams' order, where the streams are."""
+    order_of, parts = (rows_before, 1) if core.shares_successors else (rows_after, 2)
+    if streams is None:
+        return (None,) * parts
     if isinstance(streams, np.ndarray):
-        following, last = stream_order(torch.from_numpy(streams))
-        return following.numpy(), last.numpy()
-    return (None, None) if streams is None else stream_order(streams)
+        return tuple(order.numpy() for order in order_of(torch.from_numpy(streams)))
+    return order_of(streams)
 
 
 def _moved(core: DeviceCore, arrays: Sequence[Array]) -> list[torch.Tensor]:
@@ -472,25 +499,39 @@ def _require_each(name: str, values: Array, fits: Array, rule: str) -> None:
         raise ValueError(f"{name}[{index}] is {values[index]}; {rule}")
 
 
-def stream_order(streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_after(streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For rows of these streams ``[n]``, in time order: the index of each one's next row of the same stream, or -1; and
     of each stream's first row the index of its last, elsewhere -1. Both int32 ``[n]``. Waits for no device.
     """
     n = len(streams)
-    order = torch.argsort(streams, stable=True)
-    ordered = streams[order]
-    ends = torch.ones(n, dtype=torch.bool, device=streams.device)
-    starts = ends.clone()
-    if n > 1:
-        changes = ordered[1:] != ordered[:-1]
-        ends[:-1] = changes
-        starts[1:] = changes
+    order, starts, ends = _by_stream(streams)
     following = torch.where(ends, -1, order.roll(-1))
     positions = torch.arange(n, device=streams.device)
     end_of = torch.where(ends, positions, n).flip(0).cummin(0).values.flip(0)
     last = torch.where(starts, order[end_of], -1)
-    out = torch.empty(2, n, dtype=torch.int64, device=streams.device)
-    out[0].scatter_(0, order, following)
-    out[1].scatter_(0, order, last)
-    moved = out.to(torch.int32)
-    return moved[0], moved[1]
+    return _in_time(order, following), _in_time(order, last)
+
+
+def rows_before(streams: torch.Tensor) -> tuple[torch.Tensor]:
+    """For rows of these streams ``[n]``, in time order: the index of each one's row before of the same stream, or -1;
+    int32 ``[n]``. Waits for no device.
+    """
+    order, starts, _ = _by_stream(streams)
+    return (_in_time(order, torch.where(starts, -1, order.roll(1))),)
+
+
+def _by_stream(streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows' indices by stream and then by time, and which of them begin and end a stream."""
+    order = torch.argsort(streams, stable=True)
+    ordered = streams[order]
+    starts = torch.ones(len(streams), dtype=torch.bool, device=streams.device)
+    ends = starts.clone()
+    if len(streams) > 1:
+        changes = ordered[1:] != ordered[:-1]
+        starts[1:] = changes
+        ends[:-1] = changes
+    return order, starts, ends
+
+
+def _in_time(order: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(values).scatter_(0, order, values).to(torch.int32)

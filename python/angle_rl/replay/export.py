@@ -38,7 +38,7 @@ def export_arrays(self: Any) -> dict[str, Array]:
     return arrays
 
 
-def insert_arrays(self: Any, arrays: Mapping[str, Array]) -> Array:
+def insert_arrays(self: Any, arrays: Mapping[str, Array]) -> Any:
     """Insert rows that :meth:`export_arrays` gave, or arrays named so; returns their handles here, int64 ``[rows]``.
 
     ``truncated``, ``streams`` and ``priorities`` may be left out, and a uniform buffer leaves priorities aside;
@@ -48,8 +48,7 @@ def insert_arrays(self: Any, arrays: Mapping[str, Array]) -> Array:
     arguments = _insert_arguments(self.schema, arrays)
     if not self._prioritized:
         arguments.pop("priorities", None)
-    handles: Array = self.insert(**arguments)
-    return handles
+    return self.insert(**arguments)
 
 
 def save_npz(self: Any, path: PathLike) -> Path:
@@ -68,13 +67,12 @@ def save_npz(self: Any, path: PathLike) -> Path:
     return target
 
 
-def insert_npz(self: Any, path: PathLike) -> Array:
+def insert_npz(self: Any, path: PathLike) -> Any:
     """:meth:`insert_arrays` of an npz file. Nothing is unpickled: arrays of Python objects are refused.
 
     Raises as it does, and ReplayFileError, naming the file, where it is missing, damaged or something else.
     """
-    handles: Array = self.insert_arrays(_read_npz(Path(path)))
-    return handles
+    return self.insert_arrays(_read_npz(Path(path)))
 
 
 def _rows(core: _core.Replay, schema: Schema) -> dict[str, Array]:
