@@ -16,7 +16,9 @@ ACTIONS = spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 10.0], np
 NAMES = {SAC: "sac", DiscreteSAC: "sac_discrete", TD3: "td3", DDPG: "ddpg", DQN: "dqn"}
 
 
-def made(kind=SAC, *, q_future=None, rows=200, buffer=None, networks=None, device="cpu", **hyperparameters):
+def made(
+    kind=SAC, *, q_future=None, rows=200, buffer=None, networks=None, device="cpu", compile=False, **hyperparameters
+):
     """An agent and its first state, on the torch engine, with random transitions in the replay.
 
     `buffer` makes the replay and `networks` a dict of policy and critics, where these are not to be the agent's own.
@@ -26,7 +28,7 @@ def made(kind=SAC, *, q_future=None, rows=200, buffer=None, networks=None, devic
         hyperparameters=Hyperparameters(
             **{"agent": NAMES[base], "hidden_sizes": (16,), "batch_size": 32, "replay_capacity": 1000} | hyperparameters
         ),
-        training=Training(engine="torch", device=device),
+        training=Training(engine="torch", device=device, compile=compile),
     )
     discrete = base in (DQN, DiscreteSAC)
     action_space = spaces.Discrete(4, start=-1) if discrete else ACTIONS

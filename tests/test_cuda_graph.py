@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine_parts import NAMES
 from graph_parts import CASES, Learner, NothingIsRead, NothingWaits, assert_beside, pair, record_on_tape
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from angle_rl import device
 from angle_rl.agents import DDPG, DQN, SAC, TD3
@@ -44,6 +45,22 @@ def test_updates_are_the_torch_engines(kind, options, updates):
     assert_beside(reference, graph)
     assert graph.state.replay.refreshed == 24 // updates
     assert graph.state.engine.name == "cuda_graph"
+
+
+@pytest.mark.parametrize("kind", [SAC, TD3, DQN])
+@pytest.mark.parametrize("engine", ["torch", "graph"])
+def test_compiled_networks_learn_the_same(kind, engine, monkeypatch):
+    """Up to the backend, which makes other kernels of the same operations."""
+    torch._dynamo.reset()  # other tests have networks of these shapes, too
+    backend = CompileCounterWithBackend("aot_eager")
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_(module, backend=backend))
+    plain, compiled = Learner(kind, "torch"), Learner(kind, engine, compile=True)
+    for learner in (plain, compiled):
+        for call in range(6):
+            learner.take(call, [1, 1])
+    assert_beside(plain, compiled)
+    assert backend.frame_count >= (2 if kind is DQN else 4)
 
 
 def test_what_changes_between_calls_needs_no_new_recording():

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from engine_parts import OBSERVATIONS, made, small, spec_of, walk_feed
+from engine_parts import ACTIONS, OBSERVATIONS, made, small, spec_of, walk_feed
 from graph_parts import Learner, ResidentReplay, assert_beside, engine_of, pair
 from gymnasium import spaces
 
@@ -254,6 +254,17 @@ def test_auto_takes_it_on_a_device_where_it_can(monkeypatch):
     assert make_engine(own, update, "cuda_graph") == "the engine"
     assert describe_engine("auto", device="cuda:1").startswith("engine cuda_graph (auto")
     assert describe_engine("auto").startswith("engine native (auto")
+
+
+def test_networks_are_compiled_where_asked_and_the_engine_is_torchs():
+    agent, _ = made(SAC, compile=True)
+    config = agent.config.replace(engine="auto")
+    state, _ = SAC(config).init(RandomKey(1), observation_space=OBSERVATIONS, action_space=ACTIONS)
+    assert state.engine.name == "torch"
+    assert state.policy._compiled_call_impl is not None
+    assert state.critics.state_dict().keys() == made(SAC)[1].critics.state_dict().keys()
+    with pytest.raises(ValueError, match="compile is True and engine 'native'"):
+        Training(engine="native", compile=True)
 
 
 def test_the_config_takes_it_with_a_device_alone():

@@ -1,6 +1,7 @@
 """Two processes in DistributedDataParallel over gloo learn what one learns from both halves of the rows."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -100,6 +101,23 @@ def test_checkpoints_are_those_of_one_process(folder):
     for name, tensor in trainer.policy.state_dict().items():
         assert torch.equal(tensor, left[f"policy.{name}"])
     assert trainer.rl_state.agent_state.engine.name == "native"
+
+
+def test_the_example_runs_as_its_first_line_says(tmp_path):
+    """By torchrun itself, which the other tests stand in for."""
+    example = Path(__file__).parent.parent / "examples" / "data_parallel.py"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES), str(example)]
+    done = subprocess.run(
+        [sys.executable, *command, "--steps", "1010"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(PROCESSES):
+        assert re.search(rf"^process {rank}: mean return -\d+\.\d over 20 episodes$", done.stdout, re.MULTILINE)
 
 
 def pendulum(tmp_path, **training):

@@ -159,6 +159,7 @@ class Training:
     # executes the updates: torch takes any network, native our own ones on a CPU, cuda_graph what can be recorded on a
     # CUDA device; auto: the fastest that takes them
     engine: Literal["auto", "torch", "native", "cuda_graph"] = "auto"
+    compile: bool = False  # torch.compile makes the networks' kernels; auto takes torch or cuda_graph then
     learner_threads: Count | None = None  # native, threads that share one update; None: the engine's own choice
     overlap: bool = False  # updates are taken in a thread of their own while the environments step; not reproducible
     # native, what its matrix products multiply in (they add in float32, and parameters stay as they are)
@@ -170,6 +171,8 @@ class Training:
             raise ValueError("environment is ''; it must name a Gymnasium environment")
         if self.engine in ("torch", "cuda_graph") and self.precision != "float32":
             raise ValueError(f"precision is {self.precision!r} and engine {self.engine!r}, which has float32 alone")
+        if self.compile and self.engine == "native":
+            raise ValueError("compile is True and engine 'native', which is no torch; leave out one of them")
         if self.engine == "cuda_graph" and not self.device.startswith("cuda"):
             raise ValueError(f"engine is 'cuda_graph' and device {self.device!r}; it needs a CUDA device")
 

@@ -390,13 +390,21 @@ def begins_anew(seen: EnvironmentState) -> Array:
 def configured_engine(config: AgentConfig, spec: UpdateSpec, update: Update) -> Engine:
     """The engine that the config asks for. ValueError where it asks for one that does not take the update.
 
-    Under `overlap` the engine's own choice of threads leaves a core to whoever acts.
+    Under `overlap` the engine's own choice of threads leaves a core to whoever acts. With `compile` the networks'
+    forward passes, and with them their gradients, go through torch.compile from here on.
     """
     training = config.training
+    requested: str = training.engine
+    if training.compile:
+        for network in (update.critics, update.target_critics, update.policy, update.target_policy):
+            if network is not None:
+                network.compile()
+        if requested == "auto" and update.device.type == "cpu":
+            requested = "torch"
     threads = training.learner_threads
     if threads is None and training.overlap:
         threads = usable_threads(busy=1, batch_size=spec.batch_size)
-    return make_engine(spec, update, training.engine, learner_threads=threads, precision=training.precision)
+    return make_engine(spec, update, requested, learner_threads=threads, precision=training.precision)
 
 
 def check_policy(policy: torch.nn.Module) -> None:
