@@ -167,6 +167,20 @@ def test_large_batches_from_a_tree_of_more_levels(capacity):
     assert_alike(host, there)
 
 
+@pytest.mark.parametrize("stratified", [False, True])
+def test_few_rows_among_many_removed(stratified):
+    """So few that draws give up on slots at random and count the rows that are left."""
+    host, there = pair(ReplayBuffer, 2000, seed=3, stratified=stratified)
+    gone = np.random.default_rng(3).permutation(2000)[:1990]
+    for buffer in (host, there):
+        buffer.insert(*rows(np.arange(2000)))
+        buffer.remove(gone)
+    for n in (1, 33, 200):
+        assert_same(host.sample(n), there.sample(n))
+    assert host.stats()["retries"] > 64
+    assert_alike(host, there)
+
+
 def test_tensors_that_are_there_stay_there(place):
     host, there = pair(capacity=50)
     random = np.random.default_rng(1)

@@ -4,7 +4,7 @@
 
 namespace angle::device {
 
-constexpr uint64_t kAttempts = 64;  // as core/choose.inl has it, after which rows are counted
+constexpr uint64_t kAttempts = 64, kScan = 2 * kAttempts + 1;  // as core/choose.inl has them
 
 // Bits of draw i's attempt; attempt 0 is the batch's own.
 ANGLE_DEVICE uint64_t draw_bits(uint64_t key, uint64_t call, uint64_t attempt, uint64_t i) {
@@ -205,7 +205,7 @@ struct SampleRows {
       slot = target_of(draw_bits(key, call, attempt, i), total, false, i, p.n);
     }
     *leaf = view.leaves()[slot];
-    return view.usable(*leaf) ? slot : any_row(view, draw_bits(key, call, kAttempts + 1, i), total, leaf);
+    return view.usable(*leaf) ? slot : any_row(view, draw_bits(key, call, kScan, i), total, leaf);
   }
 
   // One of the rows among so many slots, all of the same chance. Where nearly all were removed.
