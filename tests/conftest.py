@@ -13,7 +13,6 @@ import torch
 
 from angle_rl import device
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
-from angle_rl.replay import device as replay_device
 from angle_rl.replay.device import DeviceCore
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -79,21 +78,15 @@ def replay_place(request):
         except ValueError as refusal:
             pytest.skip(f"only in host memory: {refusal}")
 
-    def skip_without_replacement(buffer, arguments, replacement, *others):
-        if not replacement:
-            pytest.skip("only in host memory: draws without replacement")
-        return own_sample(buffer, arguments, replacement, *others)
-
     def of_a_copy(name):
         return lambda core, *arguments: getattr(core.pull(), name)(*arguments)
 
-    launched, own_options, own_sample = DeviceCore.launched, ReplayBuffer._resident_options, replay_device.sample
+    launched, own_options = DeviceCore.launched, ReplayBuffer._resident_options
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         for kind in (ReplayBuffer, PrioritizedReplayBuffer):
             patch.setitem(kind.__init__.__kwdefaults__, "device", "cuda")
         patch.setattr(DeviceCore, "launched", look_at_once)
         patch.setattr(ReplayBuffer, "_resident_options", staticmethod(skip_where_refused))
-        patch.setattr(replay_device, "sample", skip_without_replacement)
         for name in ("weights", "rows", "sums_are_exact", "default_weight", "inserts_are_done"):
             patch.setattr(DeviceCore, name, of_a_copy(name), raising=False)
         if place == "host kernels":

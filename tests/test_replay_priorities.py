@@ -348,6 +348,7 @@ def test_a_batch_without_replacement_holds_no_row_twice(kind, stratified):
     assert len(buffer.sample(800, replacement=True).handles) == 800
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_failed_batch_leaves_out_as_it_was():
     buffer = filled(20)
     out = buffer.sample(30)
