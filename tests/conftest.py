@@ -13,7 +13,6 @@ import torch
 
 from angle_rl import device
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
-from angle_rl.replay import device as replay_device
 from angle_rl.replay.device import DeviceCore
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -73,20 +72,14 @@ def replay_place(request):
             torch.cuda.synchronize(core.device)
         core.check()
 
-    def skip_without_replacement(buffer, arguments, replacement, *others):
-        if not replacement:
-            pytest.skip("only in host memory: draws without replacement")
-        return own_sample(buffer, arguments, replacement, *others)
-
     def of_a_copy(name):
         return lambda core, *arguments: getattr(core.pull(), name)(*arguments)
 
-    launched, own_sample = DeviceCore.launched, replay_device.sample
+    launched = DeviceCore.launched
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         for kind in (ReplayBuffer, PrioritizedReplayBuffer):
             patch.setitem(kind.__init__.__kwdefaults__, "device", "cuda")
         patch.setattr(DeviceCore, "launched", look_at_once)
-        patch.setattr(replay_device, "sample", skip_without_replacement)
         for name in ("weights", "rows", "sums_are_exact", "default_weight", "inserts_are_done"):
             patch.setattr(DeviceCore, name, of_a_copy(name), raising=False)
         if place == "host kernels":

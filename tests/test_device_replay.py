@@ -205,9 +205,14 @@ def test_the_same_calls_give_the_same_shared_rows(kind, capacity, stack, shape, 
             "stratified": bool(call % 2),
             "key": RandomKey(call) if call % 5 == 0 else None,
         }
-        if host._core.weights().sum() > 0:  # not everything is an observation alone, or has lost frames
+        usable = int((host._core.weights() > 0).sum())
+        if usable > 0:  # not everything is an observation alone, or has lost frames
             drawn += 1
-            assert_same(host.sample(1 + call % 70, **asked), there.sample(1 + call % 70, **asked))
+            n = 1 + call % 70
+            assert_same(host.sample(n, **asked), there.sample(n, **asked))
+            n = int(random.integers(1, usable + 1))
+            asked["replacement"] = False
+            assert_same(host.sample(n, **asked), there.sample(n, **asked))
         if kind is PrioritizedReplayBuffer:
             some = random.choice(handles, 20)
             td_errors = random.exponential(size=20)
@@ -294,6 +299,22 @@ def test_large_batches_from_a_tree_of_more_levels(capacity):
     assert_alike(host, there)
 
 
+@pytest.mark.parametrize("replacement", [True, False])
+@pytest.mark.parametrize("stratified", [False, True])
+def test_few_rows_among_many_removed(stratified, replacement):
+    """So few that draws give up on slots at random and count the rows that are left."""
+    host, there = pair(ReplayBuffer, 2000, seed=3, stratified=stratified, replacement=replacement)
+    gone = np.random.default_rng(3).permutation(2000)[:1990]
+    for buffer in (host, there):
+        buffer.insert(*rows(np.arange(2000)))
+        buffer.remove(gone)
+    for n in (1, 33, 200) if replacement else (1, 5, 9, 10):
+        for _ in range(4):
+            assert_same(host.sample(n), there.sample(n))
+    assert host.stats()["retries"] > 64 or not replacement
+    assert_alike(host, there)
+
+
 def test_tensors_that_are_there_stay_there(place):
     host, there = pair(capacity=50)
     random = np.random.default_rng(1)
@@ -327,6 +348,133 @@ def test_a_batch_is_filled_where_it_is(place):
     assert there.sample(4, device="cpu").rewards.device.type == "cpu"
     with pytest.raises(ValueError, match=r"out\.actions is torch.float64"):
         there.sample(16, out=out._replace(actions=out.actions.double()))
+
+
+# ---- without replacement ----
+
+
+def fill_for_distinct(buffers, random, n, weights):
+    """Rows of which some may be removed, some weigh nothing, and some weigh nearly all."""
+    graded = {
+        "even": lambda: np.ones(n),
+        "varied": lambda: random.exponential(size=n) * (random.random(n) < 0.8),
+        "skewed": lambda: random.pareto(0.2, n).clip(1e-6, 1e9) * (random.random(n) < 0.8),
+    }[weights]()
+    gone = np.flatnonzero(random.random(n) < random.choice([0.0, 0.1, 0.6]))
+    for buffer in buffers:
+        handles = buffer.insert(*rows(np.arange(n)))
+        if isinstance(buffer, PrioritizedReplayBuffer):
+            buffer.update_priorities(handles, graded)
+        buffer.remove(handles[gone])
+
+
+def drawn_alike(host, there, n, **asked):
+    """One batch of both; False, and the same words, where there are too few rows for it."""
+    try:
+        batch = host.sample(n, **asked)
+    except ValueError as refusal:
+        other = there.sample(n, **asked)
+        assert (other.handles == -1).all()
+        assert all((leaf.cpu() == 0).all() for leaf in tree_leaves(other.observations))
+        wait(there)
+        with pytest.raises(ValueError, match=f"nothing of it was applied: {refusal}"):
+            there.sample(n, **asked)
+        return False
+    other = there.sample(n, **asked)
+    assert_same(batch, other)
+    assert len(batch.handles.unique()) == n
+    return True
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 1000])
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [(ReplayBuffer, "even"), *((PrioritizedReplayBuffer, weights) for weights in ("even", "varied", "skewed"))],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_draws_without_replacement_are_the_hosts(capacity, kind, weights, seed):
+    random = np.random.default_rng(100 * capacity + seed)
+    options = {"importance_bound": "buffer", "priority_epsilon": 0.0} if kind is PrioritizedReplayBuffer else {}
+    host, there = pair(kind, capacity, seed=seed, replacement=False, **options)
+    drawn = 0
+    for call in range(30):
+        if call % 6 == 0:
+            fill_for_distinct((host, there), random, int(random.integers(1, capacity + 1)), weights)
+        live = int((host._core.weights() > 0).sum())
+        n = int(random.choice([1, live // 10, live // 2, live // 2 + 1, live - 1, live, live + 1]))
+        asked = {"stratified": bool(random.integers(2)), "n_step": int(random.integers(1, 4))}
+        if call % 5 == 0:
+            asked["key"] = RandomKey(call)
+        drawn += drawn_alike(host, there, max(n, 1), **asked)
+    assert drawn > 5
+    assert_alike(host, there)
+
+
+@pytest.mark.parametrize("kind", [ReplayBuffer, PrioritizedReplayBuffer])
+def test_large_batches_without_replacement_from_a_tree_of_more_levels(kind):
+    random = np.random.default_rng(0)
+    schema = {"observations": ((1,), "f4"), "actions": ((1,), "f4")}
+    host, there = pair(kind, 2_500_003, schema)
+    n = 150_000
+    column = random.normal(size=(n, 1)).astype(np.float32)
+    for buffer in (host, there):
+        buffer.insert(column, column, column[:, 0], column, np.zeros(n, bool))
+        if kind is PrioritizedReplayBuffer:
+            buffer.update_priorities(np.arange(n), np.abs(column[:, 0]) ** 8)
+        buffer.remove(np.arange(n - 20_000, n - 4))
+    for size in (1, 512, 513, 9_001, 75_001 if kind is ReplayBuffer else 30_001):
+        for stratified in (False, True):
+            assert drawn_alike(host, there, size, stratified=stratified, replacement=False)
+    assert_alike(host, there)
+
+
+@pytest.mark.parametrize("left", [100, 300])
+def test_some_draws_meet_a_row_and_others_only_in_the_list(left):
+    host, there = pair(ReplayBuffer, 20_000, seed=left, replacement=False)
+    gone = np.random.default_rng(left).permutation(20_000)[left:]
+    for buffer in (host, there):
+        buffer.insert(*rows(np.arange(20_000)))
+        buffer.remove(gone)
+    for n in (1, left // 2, left - 1, left):
+        for stratified in (False, True):
+            assert drawn_alike(host, there, n, stratified=stratified)
+    assert not drawn_alike(host, there, left + 1)
+    assert drawn_alike(host, there, left)
+    assert_alike(host, there)
+
+
+def test_one_row_of_nearly_all_weight_is_met_by_all_first_choices():
+    host, there = pair(capacity=3000, default_priority=1e-3, priority_exponent=1.0, replacement=False)
+    for buffer in (host, there):
+        buffer.insert(*rows(np.arange(3000)))
+        buffer.update_priorities([1000], [1e6])
+    for n in (2, 600, 1500):
+        assert drawn_alike(host, there, n)
+    assert_alike(host, there)
+
+
+def test_too_few_rows_are_told_by_a_later_call_and_not_counted():
+    for kind in (ReplayBuffer, PrioritizedReplayBuffer):
+        host, there = pair(kind, 100, replacement=False)
+        for buffer in (host, there):
+            buffer.insert(*rows(np.arange(100)))
+        out = there.sample(10)
+        assert_same(host.sample(10), out)
+        before = there.stats()
+        batch = there.sample(120)
+        assert batch.handles.tolist() == [-1] * 120
+        assert batch.discounts.tolist() == [0.0] * 120
+        wait(there)
+        with pytest.raises(ValueError, match="batch_size is 120, but only 100 rows have positive weight; draw fewer"):
+            there.sample(10)
+        assert there.stats() == before
+        assert_same(host.sample(10), there.sample(10, out=out))
+        for buffer in (host, there):
+            buffer.remove(np.arange(100))
+        assert not drawn_alike(host, there, 3)
+        assert_alike(host, there)
+        with pytest.raises(ValueError, match=r"batch_size is 16777217; without replacement .* at most 2\*\*24 rows"):
+            there.sample(2**24 + 1)
 
 
 # ---- what is refused ----
@@ -425,8 +573,6 @@ def test_what_only_host_memory_has_is_refused(options, match):
 def test_calls_that_only_host_memory_has_are_refused():
     there = PrioritizedReplayBuffer(8, SCHEMA, device="cuda")
     there.insert(*rows(np.arange(8)))
-    with pytest.raises(ValueError, match="drawn with replacement only"):
-        there.sample(4, replacement=False)
     with pytest.raises(ValueError, match="on a device"):
         there.prefetch(4)
 
@@ -567,10 +713,11 @@ def test_calls_on_other_streams_come_in_order(place):
 
 
 @pytest.mark.cuda
-def test_draws_and_updates_are_captured(place):
+@pytest.mark.parametrize("replacement", [True, False])
+def test_draws_and_updates_are_captured(place, replacement):
     if place.type != "cuda":
         pytest.skip("no CUDA device")
-    host, there = pair(capacity=10_000)
+    host, there = pair(capacity=10_000, replacement=replacement)
     for buffer in (host, there):
         buffer.insert(*rows(np.arange(10_000)))
     out = there.sample(256)
@@ -591,6 +738,31 @@ def test_draws_and_updates_are_captured(place):
         host.update_priorities(batch.handles, batch.rewards.abs())
         torch.cuda.synchronize()
         assert_same(batch, out)
+    assert_alike(host, there)
+
+
+@pytest.mark.cuda
+def test_captured_draws_without_replacement_follow_a_buffer_that_grows(place):
+    if place.type != "cuda":
+        pytest.skip("no CUDA device")
+    host, there = pair(ReplayBuffer, 10_000, replacement=False)
+    for buffer in (host, there):
+        buffer.insert(*rows(np.arange(300)))
+    out = there.sample(256)
+    host.sample(256)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        there.sample(256, out=out)
+    for _ in range(5):
+        graph.replay()
+        there.launched()
+        batch = host.sample(256)
+        torch.cuda.synchronize()
+        assert_same(batch, out)
+        for buffer in (host, there):
+            buffer.insert(*rows(np.arange(2000)))
+            buffer.remove(np.arange(len(buffer) - 2000, len(buffer) - 10))
     assert_alike(host, there)
 
 
@@ -623,6 +795,7 @@ def test_nothing_waits_for_the_device():
         there.insert(*rows(np.arange(4)))
         batch = there.sample(16, n_step=2)
         there.sample(16, out=batch)
+        there.sample(16, replacement=False)
         there.update_priorities(batch.handles, batch.rewards)
         there.update_priorities(torch.arange(24).repeat(60), torch.ones(24 * 60))
     assert isinstance(there._core, DeviceCore)

@@ -348,6 +348,7 @@ def test_a_batch_without_replacement_holds_no_row_twice(kind, stratified):
     assert len(buffer.sample(800, replacement=True).handles) == 800
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_failed_batch_leaves_out_as_it_was():
     buffer = filled(20)
     out = buffer.sample(30)
@@ -389,6 +390,28 @@ def test_uniform_sets_without_replacement_are_equally_likely(held, draws):
     chances = set_probabilities([1.0] * 6, draws)
     assert len(found) == len(chances)
     require_fit(list(found.values()), np.full(len(found), 1 / len(found)))
+
+
+@pytest.mark.parametrize("batch_size", [20, 50])
+def test_few_rows_among_many_removed_are_drawn_once(batch_size):
+    """Some draws of a batch meet a row by themselves, others only in the list of those that are left."""
+    buffer = ReplayBuffer(2000, SCHEMA, replacement=False, seed=batch_size)
+    random = np.random.default_rng(0)
+    buffer.insert(*rows(np.arange(2000)))
+    gone = random.permutation(2000)[: 2000 - batch_size - 5]
+    buffer.remove(gone)
+    left = np.setdiff1d(np.arange(2000), gone)
+    counts = np.zeros(2000, np.int64)
+    for _ in range(1000):
+        handles = buffer.sample(batch_size).handles
+        assert len(handles.unique()) == batch_size
+        counts[handles.numpy()] += 1
+    assert (counts[gone] == 0).all()
+    assert (counts[left] > 0).all()
+    # A batch leaves five out, so counts vary by less than those of independent draws, which this allows.
+    require_fit(counts[left], np.full(len(left), 1 / len(left)))
+    with pytest.raises(ValueError, match=f"but only {batch_size + 5} rows have positive weight"):
+        buffer.sample(batch_size + 6)
 
 
 def test_one_row_of_nearly_all_weight_is_drawn_once():

@@ -84,9 +84,11 @@ class DeviceReplay {
 
   // addresses: one a field, then discounts, importance weights, handles and steps; drawn: [n] 64-bit words to work
   // with. how: SampleParams::Flags. live: two float64, discount and importance exponent, to be read instead of the
-  // arguments when the kernel runs; 0: none.
+  // arguments when the kernel runs; 0: none. chosen, taken, taken_places, rows: as SampleParams has them; 0 with
+  // replacement.
   void sample(const std::vector<uintptr_t>& addresses, uintptr_t drawn, uint64_t n, uint32_t n_step, double discount,
-              double importance_exponent, uint32_t how, uint64_t key, uintptr_t live, uintptr_t stream) const {
+              double importance_exponent, uint32_t how, uint64_t key, uintptr_t live, uintptr_t chosen, uintptr_t taken,
+              uint64_t taken_places, uintptr_t rows, uintptr_t stream) const {
     require_columns(addresses.size(), fields_.size() + 4);
     SampleParams p{};
     p.view = view_;
@@ -114,6 +116,10 @@ class DeviceReplay {
     p.handles = at<int64_t>(rest[2]);
     p.steps = at<int64_t>(rest[3]);
     p.drawn = at<uint64_t>(drawn);
+    p.chosen = at<uint64_t>(chosen);
+    p.taken = at<uint64_t>(taken);
+    p.taken_places = taken_places;
+    p.rows = at<uint64_t>(rows);
     check_launch(angle_replay_sample(&p, at<void>(stream)), "replay_sample");
   }
 
@@ -218,7 +224,7 @@ void bind_device_replay(py::module_& m) {
       .def("work_bytes", &DeviceReplay::work_bytes, py::arg("n"))
       .def("sample", &DeviceReplay::sample, py::arg("addresses"), py::arg("drawn"), py::arg("n"), py::arg("n_step"),
            py::arg("discount"), py::arg("importance_exponent"), py::arg("how"), py::arg("key"), py::arg("live"),
-           py::arg("stream"))
+           py::arg("chosen"), py::arg("taken"), py::arg("taken_places"), py::arg("rows"), py::arg("stream"))
       .def("update", &DeviceReplay::update, py::arg("handles"), py::arg("td_errors"), py::arg("is_double"),
            py::arg("n"), py::arg("claims"), py::arg("claim_count"), py::arg("refused"), py::arg("where"),
            py::arg("stream"))

@@ -336,6 +336,7 @@ class PyReplay {
     out["capacity"] = at.capacity;
     out["record_bytes"] = at.record_bytes;
     out["header_bytes"] = sizeof(SegmentHeader);
+    out["prioritized"] = reinterpret_cast<const SegmentHeader*>(replay_->segment())->prioritized != 0;
     out["exponent_at"] = offsetof(SegmentHeader, exponent);
     out["next_ticket_at"] = offsetof(SegmentHeader, next_ticket);
     out["rows_at"] = offsetof(SegmentHeader, rows);

@@ -8,6 +8,27 @@
 
 namespace angle {
 
+namespace {
+
+// Of a draw: kAttempts by choose_distinct, as many by draw_again, then scans, by the first to draw from kScan on and by
+// draw_again after choose_distinct from kRescan on. Each has bits of its own, as those of an attempt that failed are no
+// longer uniform.
+constexpr uint64_t kAttempts = 64, kScan = 2 * kAttempts + 1, kRescan = 1ull << 23;
+
+// Bits of draw i's attempt, counted from 1; attempt 0 is the batch's own.
+inline uint64_t bits_of(DrawSource source, uint64_t attempt, size_t i) {
+  const PhiloxBlock block =
+      philox(source.seed, source.call, (kSample | attempt << 8) + (static_cast<uint64_t>(i / 2) << 32));
+  return i % 2 == 0 ? block.low() : block.high();
+}
+
+[[noreturn]] inline void too_few(size_t n, size_t found) {
+  throw NothingToSample("batch_size is " + std::to_string(n) + ", but only " + std::to_string(found) +
+                        " rows have positive weight; draw fewer, or with replacement");
+}
+
+}  // namespace
+
 // The rows that a batch without replacement has taken, and what they weighed, by node: private, so that the shared sums
 // stay as they are.
 template <class Access>
@@ -104,7 +125,6 @@ bool ReplayT<Access>::choose_again(const SampleRequest& request, size_t i, uint6
                                    Scratch& s) {
   if (!prioritized()) {
     // From all slots, not from the stratum: else the rows beside one that holds none would get its share.
-    if (!s.rows.empty()) return choose_listed(i, bits, overlay, s);
     s.slots[i] = target_of(bits, slots_in_use(), false, i, request.n);
     s.words[i] = tree_.leaf(s.slots[i]).load(std::memory_order_acquire);
     return usable(s.slots[i], s.words[i]) && (overlay == nullptr || !overlay->has(s.slots[i]));
@@ -153,22 +173,23 @@ bool ReplayT<Access>::choose_again(const SampleRequest& request, size_t i, uint6
   return usable(node, s.words[i]) && !overlay->has(node);
 }
 
-// One of the rows that are left, all of the same chance, from a list that a batch makes once.
+// One of the rows that are left, all of the same chance, from a list that a batch makes once. Draws that found a row
+// elsewhere leave the list as it is, so it may name what is taken.
 template <class Access>
-bool ReplayT<Access>::choose_listed(size_t i, uint64_t bits, Overlay* overlay, Scratch& s) {
+bool ReplayT<Access>::choose_listed(size_t i, DrawSource source, uint64_t& attempt, Overlay* overlay, Scratch& s) {
+  const auto is_left = [&](uint64_t slot) {
+    s.words[i] = tree_.leaf(slot).load(std::memory_order_acquire);
+    return usable(slot, s.words[i]) && (overlay == nullptr || !overlay->has(slot));
+  };
   if (s.rows.empty()) {
     for (uint64_t slot = 0, slots = slots_in_use(); slot < slots; ++slot) {
-      if (usable(slot, tree_.leaf(slot).load(std::memory_order_acquire)) &&
-          (overlay == nullptr || !overlay->has(slot))) {
-        s.rows.push_back(slot);
-      }
+      if (is_left(slot)) s.rows.push_back(slot);
     }
   }
   while (!s.rows.empty()) {
-    const uint64_t place = target_of(bits, s.rows.size(), false, 0, 1);
+    const uint64_t place = target_of(bits_of(source, attempt++, i), s.rows.size(), false, 0, 1);
     s.slots[i] = s.rows[place];
-    s.words[i] = tree_.leaf(s.slots[i]).load(std::memory_order_acquire);
-    const bool found = usable(s.slots[i], s.words[i]);
+    const bool found = is_left(s.slots[i]);
     if (!found || overlay != nullptr) {
       s.rows[place] = s.rows.back();
       s.rows.pop_back();
@@ -178,11 +199,11 @@ bool ReplayT<Access>::choose_listed(size_t i, uint64_t bits, Overlay* overlay, S
   return false;
 }
 
-// Any row at all, with priorities from a random place on.
+// Any row at all, with priorities from a random place on. Takes the bits of as many attempts as it needs.
 template <class Access>
-bool ReplayT<Access>::choose_by_scan(size_t i, uint64_t bits, Overlay* overlay, Scratch& s) {
-  if (!prioritized()) return choose_listed(i, bits, overlay, s);
-  const uint64_t slots = slots_in_use(), first = bits % slots;
+bool ReplayT<Access>::choose_by_scan(size_t i, DrawSource source, uint64_t& attempt, Overlay* overlay, Scratch& s) {
+  if (!prioritized()) return choose_listed(i, source, attempt, overlay, s);
+  const uint64_t slots = slots_in_use(), first = bits_of(source, attempt++, i) % slots;
   for (uint64_t step = 0; step < slots; ++step) {
     s.slots[i] = (first + step) % slots;
     s.words[i] = tree_.leaf(s.slots[i]).load(std::memory_order_acquire);
@@ -190,26 +211,6 @@ bool ReplayT<Access>::choose_by_scan(size_t i, uint64_t bits, Overlay* overlay, 
   }
   return false;
 }
-
-namespace {
-
-// Of a draw: kAttempts by choose_distinct, as many by draw_again, then scans from kScan on. Each has bits of its own,
-// as those of an attempt that failed are no longer uniform.
-constexpr uint64_t kAttempts = 64, kScan = 2 * kAttempts + 1;
-
-// Bits of draw i's attempt, counted from 1; attempt 0 is the batch's own.
-inline uint64_t bits_of(DrawSource source, uint64_t attempt, size_t i) {
-  const PhiloxBlock block =
-      philox(source.seed, source.call, (kSample | attempt << 8) + (static_cast<uint64_t>(i / 2) << 32));
-  return i % 2 == 0 ? block.low() : block.high();
-}
-
-[[noreturn]] inline void too_few(size_t n, size_t found) {
-  throw NothingToSample("batch_size is " + std::to_string(n) + ", but only " + std::to_string(found) +
-                        " rows have positive weight; draw fewer, or with replacement");
-}
-
-}  // namespace
 
 // Without replacement: a draw that met a row already taken is made again among the others. That is the same as drawing
 // one after the other from what is left.
@@ -222,7 +223,8 @@ void ReplayT<Access>::choose_distinct(const SampleRequest& request, DrawSource s
     for (uint64_t attempt = 1; !found && !most && attempt <= kAttempts; ++attempt) {
       found = choose_again(request, i, bits_of(source, attempt, i), &overlay, s);
     }
-    if (!found && !choose_by_scan(i, bits_of(source, kScan, i), &overlay, s)) too_few(request.n, i);
+    uint64_t scans = kScan;
+    if (!found && !choose_by_scan(i, source, scans, &overlay, s)) too_few(request.n, i);
     overlay.take(s.slots[i], tree_.code.weight(s.words[i]));
   }
 }

@@ -254,8 +254,8 @@ class ReplayT {
   uint64_t slots_in_use() const;
   void choose(const SampleRequest& request, uint64_t total, Scratch& s);
   bool choose_again(const SampleRequest& request, size_t i, uint64_t bits, Overlay* overlay, Scratch& s);
-  bool choose_listed(size_t i, uint64_t bits, Overlay* overlay, Scratch& s);
-  bool choose_by_scan(size_t i, uint64_t bits, Overlay* overlay, Scratch& s);
+  bool choose_listed(size_t i, DrawSource source, uint64_t& attempt, Overlay* overlay, Scratch& s);
+  bool choose_by_scan(size_t i, DrawSource source, uint64_t& attempt, Overlay* overlay, Scratch& s);
   void choose_distinct(const SampleRequest& request, DrawSource source, Overlay& overlay, Scratch& s);
   void draw(const SampleRequest& request, const SampleOut& out, uint64_t total, DrawSource source, Scratch& s);
   void draw_again(const SampleRequest& request, const SampleOut& out, size_t i, DrawSource source, Overlay* overlay,

@@ -325,9 +325,9 @@ void ReplayT<Access>::draw_again(const SampleRequest& request, const SampleOut& 
     if (choose_again(request, i, bits, overlay, s) && taken()) return;
   }
   // From ever new places on: a row met may be overwritten before it is copied.
-  const uint64_t slots = slots_in_use();
-  for (uint64_t step = 0; step < slots; ++step) {
-    if (!choose_by_scan(i, bits_of(source, kScan + 1 + step, i), overlay, s)) break;
+  uint64_t scans = overlay == nullptr ? kScan : kRescan;
+  for (uint64_t step = 0, slots = slots_in_use(); step < slots; ++step) {
+    if (!choose_by_scan(i, source, scans, overlay, s)) break;
     if (taken()) return;
   }
   if (overlay != nullptr) too_few(request.n, i);
@@ -369,7 +369,8 @@ uint64_t ReplayT<Access>::sample(const SampleRequest& request, const SampleOut& 
   s.rows.clear();
   const int64_t total = prioritized() ? tree_.top_prefix(s.prefix.data()) : static_cast<int64_t>(slots);
   // The total may have gone to 0 under an update that adds later; only the leaves can tell.
-  if (total <= 0 && inserts_are_done() && !choose_by_scan(0, 0, nullptr, s)) {
+  uint64_t scans = 0;
+  if (total <= 0 && inserts_are_done() && !choose_by_scan(0, {}, scans, nullptr, s)) {
     throw NothingToSample("no row of the buffer has positive weight; nothing can be sampled");
   }
   const uint64_t weight = static_cast<uint64_t>(std::max<int64_t>(total, 0));

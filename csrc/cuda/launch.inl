@@ -3,6 +3,7 @@
 #include "cuda/ops.inl"
 #include "cuda/portable.h"
 #include "cuda/random.inl"
+#include "cuda/replay_distinct.inl"
 #include "cuda/replay_insert.inl"
 #include "cuda/replay_sample.inl"
 #include "cuda/replay_share.inl"
@@ -27,9 +28,13 @@ int angle_replay_insert(const InsertParams* p, void* stream) {
 }
 
 int angle_replay_sample(const SampleParams* p, void* stream) {
-  const uint64_t draws = uint64_t{p->draws_per_warp} * (SampleRows::kThreads / kLanes);
-  const int code = launch<SampleRows>(*p, blocks_for(p->n, draws), stream);
-  if (code != 0 || p->n <= SampleRows::kAtOnce) return code;
+  if (p->chosen != nullptr) {
+    if (const int code = launch<ChooseDistinct>(*p, 1, stream); code != 0) return code;
+  }
+  const uint64_t blocks = blocks_for(p->n, uint64_t{p->draws_per_warp} * SampleRows<false>::kWarps);
+  const int code =
+      p->view.stack > 1 ? launch<SampleRows<true>>(*p, blocks, stream) : launch<SampleRows<false>>(*p, blocks, stream);
+  if (code != 0 || p->n <= kWeighedAtOnce) return code;
   return launch<WeighSample>(*p, blocks_for(p->n, WeighSample::kThreads), stream);
 }
 

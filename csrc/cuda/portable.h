@@ -9,6 +9,7 @@
 // one register on the device and 32 values on the host; scan, ballot, sum, sums_of, least and broadcast work across the
 // lanes.
 #pragma once
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -74,6 +75,13 @@ ANGLE_DEVICE uint64_t swap_if(uint64_t* at, uint64_t expected, uint64_t desired)
 }
 ANGLE_DEVICE void fence() {}
 ANGLE_DEVICE void fence_for_host() {}
+#endif
+
+// Of bits that are not all 0, the lowest that is 1.
+#if defined(__CUDACC__)
+ANGLE_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+#else
+ANGLE_DEVICE int lowest_bit(uint32_t bits) { return std::countr_zero(bits); }
 #endif
 
 // ---- a warp ----

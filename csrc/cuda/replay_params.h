@@ -9,7 +9,7 @@
 namespace angle::device {
 
 constexpr uint32_t kMostFields = 32;
-constexpr uint64_t kMostAtOnce = 1u << 24;  // rows of one insert, handles of one update
+constexpr uint64_t kMostAtOnce = 1u << 24;  // rows of one insert, handles of one update, draws without replacement
 constexpr uint64_t kFewHandles = 1024;      // of one update, which then needs no memory to work with
 
 // Where the parts of a segment are.
@@ -47,6 +47,7 @@ struct ReplayFlags {
     kBadReward = 4,
     kBadInsertPriority = 5,
     kBadStream = 6,
+    kTooFew = 7,  // index: how many rows there are; integer: how many were to be drawn
   };
   uint64_t code;
   int64_t index, integer;  // of the first bad one, and its value where that is an integer
@@ -126,6 +127,11 @@ struct SampleParams {
   int64_t* handles;
   int64_t* steps;
   uint64_t* drawn;  // [n], the rows' weights
+  // Of draws without replacement; null with it.
+  uint64_t* chosen;       // [n], their slots; all kNowhere where there are too few rows
+  uint64_t* taken;        // [2 * taken_places] zeros
+  uint64_t taken_places;  // a power of two, at least 2 n, with priorities 2 n (levels + 1)
+  uint64_t* rows;         // [slots in use] of a uniform buffer
 };
 
 struct UpdateParams {

@@ -1,73 +1,44 @@
 // The replay's kernels: rows that are drawn.
 #pragma once
-#include "cuda/replay_view.inl"
+#include "cuda/replay_choose.inl"
 
 namespace angle::device {
 
-constexpr uint64_t kAttempts = 64;  // as core/choose.inl has it, after which rows are counted
+constexpr uint64_t kWeighedAtOnce = 4096;  // batches up to this are weighed by the last block, without a second launch
 
-// Bits of draw i's attempt; attempt 0 is the batch's own.
-ANGLE_DEVICE uint64_t draw_bits(uint64_t key, uint64_t call, uint64_t attempt, uint64_t i) {
-  const PhiloxBlock block = philox(key, call, (kSample | attempt << 8) + (i / 2 << 32));
-  return i % 2 == 0 ? block.low() : block.high();
+// (N P)^-b over the largest of the batch, or of the buffer: the smallest weight over each, to the power of b.
+ANGLE_DEVICE void write_weight(const View& view, const SampleParams& p, uint64_t i) {
+  const double exponent = p.live == nullptr ? p.importance_exponent : p.live[1];
+  const double least = static_cast<double>(p.scratch->least);
+  const bool all_one = view.header().prioritized == 0 || exponent == 0.0;
+  p.importance_weights[i] =
+      all_one ? 1.0f : static_cast<float>(power_of(least / static_cast<double>(p.drawn[i]), exponent));
 }
 
-// Draw i's place in [0, total), as ReplayT::target_of has it; total * i / n without 128 bits.
-ANGLE_DEVICE uint64_t target_of(uint64_t bits, uint64_t total, bool stratified, uint64_t i, uint64_t n) {
-  const uint64_t within = static_cast<uint64_t>((static_cast<unsigned __int128>(bits) * total) >> 64);
-  if (!stratified) return within;
-  const uint64_t whole = total / n, rest = total % n;  // rest * i < 2**62
-  return whole * i + rest * i / n + (rest * i % n + within) / n;
-}
-
-// Which of a node's children holds the target, which becomes what is left within that child.
-template <class Value>
-ANGLE_DEVICE uint32_t child_of(const Value* children, uint32_t fan, uint64_t mask, int64_t* target) {
-  uint32_t found = fan;
-  int64_t left = *target;
-  for (uint32_t child = 0; child < fan; ++child) {
-    const int64_t share = static_cast<int64_t>(static_cast<uint64_t>(children[child]) & mask);
-    if (found == fan) {
-      if (left < share) {
-        found = child;
-      } else {
-        left -= share > 0 ? share : 0;
-      }
-    }
-  }
-  *target = left;
-  return found;
-}
-
+// kStacked: records keep one frame of a stack.
+template <bool kStacked>
 struct SampleRows {
   using Params = SampleParams;
   static constexpr uint32_t kThreads = 256, kWarps = kThreads / kLanes;
-  static constexpr uint64_t kAtOnce =
-      4096;  // batches up to this are weighed by the last block, without a second launch
-  static constexpr uint32_t kGroups = TreeShape::kMaxTop >> TreeShape::kTopShift;
   struct Shared {
-    int64_t prefix[kGroups];  // running sums of the top's groups
-    int64_t parts[kThreads];  // sums of each thread's groups, then what is before them
+    TopSums<kThreads> top;
     uint64_t ages, lowest;
     uint32_t last;
     uint64_t slots[kWarps][kLanes], ends[kWarps][kLanes];  // of each draw its row and its window's last
   };
-  static_assert(kGroups % kThreads == 0);
 
   ANGLE_DEVICE static void run(Block<Shared>& block, const SampleParams& p) {
     const View view(p.view);
     SegmentHeader& h = view.header();
     Shared& shared = block.shared;
-    const bool prioritized = h.prioritized != 0;
-    const uint32_t groups =
-        static_cast<uint32_t>((view.parts.top_nodes + (1u << TreeShape::kTopShift) - 1) >> TreeShape::kTopShift);
-    if (prioritized) add_up_top(block, view, groups);
+    const bool chosen = p.chosen != nullptr;
+    if (!chosen && h.prioritized != 0) add_up_top(block, shared.top, view);
     block.each_thread([&](uint32_t thread) {
       if (thread != 0) return;
       shared.ages = 0;
       shared.lowest = ~0ull;
     });
-    const uint64_t total = prioritized ? static_cast<uint64_t>(shared.prefix[groups - 1]) : view.slots_in_use();
+    const uint64_t total = chosen ? 0 : total_of(view, shared.top);
     const double discount = p.live == nullptr ? p.discount : p.live[0];
 
     block.each_warp([&](const Warp& warp) {
@@ -81,18 +52,17 @@ struct SampleRows {
         ages[lane] = 0;
         if (static_cast<uint32_t>(lane) >= draws) return;
         const uint64_t i = base + static_cast<uint64_t>(lane);
-        uint64_t leaf = 0;
-        const uint64_t slot = choose(view, p, shared.prefix, groups, total, i, &leaf);
+        const uint64_t slot = chosen ? p.chosen[i] : choose(view, p, shared.top.prefix, total, i);
         slots[lane] = ends[lane] = slot;
         if (slot == kNowhere) {
-          tell(p.flags, ReplayFlags::kNothingToSample, 0, 0, 0.0);
+          if (!chosen) tell(p.flags, ReplayFlags::kNothingToSample, 0, 0, 0.0);
           p.handles[i] = -1;
           p.discounts[i] = 0.0f;
           p.steps[i] = 0;
           p.drawn[i] = 1;
           return;
         }
-        weights[lane] = view.code.weight(leaf);
+        weights[lane] = view.code.weight(view.leaves()[slot]);
         p.drawn[i] = weights[lane];
         const uint64_t lap = RecordHead::lap(*view.word(slot, RecordLayout::kHead));
         const Place at{view.ticket_of(slot, lap), slot, lap};
@@ -108,13 +78,14 @@ struct SampleRows {
       });
       for (uint32_t f = 0; f < p.field_count; ++f) {
         const FieldOut& field = p.fields[f];
-        if (field.frames > 1) continue;
+        if (kStacked && field.frames > 1) continue;
         move_field<false>(warp, view, field.rows + base * field.bytes, field.successor != 0 ? ends : slots, draws,
                           field.offset, field.bytes, field.bytes);
       }
-      if (view.parts.stack == 1) return;
-      move_frames(warp, view, p, base, draws, slots, 0);
-      move_frames(warp, view, p, base, draws, ends, 1);
+      if constexpr (kStacked) {
+        move_frames(warp, view, p, base, draws, slots, 0);
+        move_frames(warp, view, p, base, draws, ends, 1);
+      }
     });
 
     // The last block to come here finishes the batch.
@@ -141,117 +112,15 @@ struct SampleRows {
       p.scratch->least = shared.lowest < smallest ? shared.lowest : smallest;
       p.scratch->smallest = ~0ull;
       p.scratch->finished = 0;
-      if (total == 0 || (p.how & SampleParams::kKeyed) != 0) return;
+      const bool none = chosen ? p.chosen[0] == kNowhere : total == 0;
+      if (none || (p.how & SampleParams::kKeyed) != 0) return;
       ++h.sample_calls;
       h.samples += p.n;
     });
-    if (p.n > kAtOnce) return;
+    if (p.n > kWeighedAtOnce) return;
     block.each_thread([&](uint32_t thread) {
-      for (uint64_t i = thread; i < p.n; i += block.threads) weigh(view, p, i);
+      for (uint64_t i = thread; i < p.n; i += block.threads) write_weight(view, p, i);
     });
-  }
-
-  // Running sums of the top's groups, in shared.prefix.
-  ANGLE_DEVICE static void add_up_top(Block<Shared>& block, const View& view, uint32_t groups) {
-    Shared& shared = block.shared;
-    constexpr uint32_t kEach = kGroups / kThreads, kFan = 1u << TreeShape::kTopShift;
-    const int64_t* const top = view.sums(view.parts.levels - 1);
-    block.each_thread([&](uint32_t thread) {
-      for (uint32_t group = thread; group < kGroups; group += block.threads) {
-        int64_t sum = 0;
-        for (uint32_t node = 0; group < groups && node < kFan; ++node) sum += top[group * kFan + node];
-        shared.prefix[group] = sum > 0 ? sum : 0;
-      }
-    });
-    block.each_thread([&](uint32_t thread) {
-      int64_t sum = 0;
-      for (uint32_t group = thread * kEach; group < (thread + 1) * kEach; ++group) {
-        sum += shared.prefix[group];
-        shared.prefix[group] = sum;
-      }
-      shared.parts[thread] = sum;
-    });
-    block.each_warp([&](const Warp& warp) {
-      if (warp.index != 0) return;
-      int64_t before = 0;
-      for (uint32_t first = 0; first < kThreads; first += kLanes) {
-        Lanes<int64_t> sums;
-        warp.each([&](int lane) { sums[lane] = shared.parts[first + static_cast<uint32_t>(lane)]; });
-        const Lanes<int64_t> running = warp.scan(sums);
-        const int64_t own = warp.broadcast(running, kLanes - 1);
-        warp.each(
-            [&](int lane) { shared.parts[first + static_cast<uint32_t>(lane)] = before + running[lane] - sums[lane]; });
-        before += own;
-      }
-    });
-    block.each_thread([&](uint32_t thread) {
-      for (uint32_t group = thread * kEach; group < (thread + 1) * kEach; ++group) {
-        shared.prefix[group] += shared.parts[thread];
-      }
-    });
-  }
-
-  // The slot of draw i and its leaf; kNowhere where there is no row to draw.
-  ANGLE_DEVICE static uint64_t choose(const View& view, const SampleParams& p, const int64_t* prefix, uint32_t groups,
-                                      uint64_t total, uint64_t i, uint64_t* leaf) {
-    if (total == 0) return kNowhere;
-    SegmentHeader& h = view.header();
-    const bool keyed = (p.how & SampleParams::kKeyed) != 0, stratified = (p.how & SampleParams::kStratified) != 0;
-    const uint64_t key = keyed ? p.key : h.seed, call = keyed ? 0 : h.sample_calls;
-    const uint64_t place = target_of(draw_bits(key, call, 0, i), total, stratified, i, p.n);
-    if (h.prioritized != 0) return descend(view, prefix, groups, static_cast<int64_t>(place), leaf);
-    uint64_t slot = place;
-    for (uint64_t attempt = 1; attempt <= kAttempts; ++attempt) {
-      *leaf = view.leaves()[slot];
-      if (view.usable(*leaf)) return slot;
-      // From all slots, not from the stratum: else the rows beside one that holds none would get its share.
-      add(&h.retries, uint64_t{1});
-      slot = target_of(draw_bits(key, call, attempt, i), total, false, i, p.n);
-    }
-    *leaf = view.leaves()[slot];
-    return view.usable(*leaf) ? slot : any_row(view, draw_bits(key, call, kAttempts + 1, i), total, leaf);
-  }
-
-  // One of the rows among so many slots, all of the same chance. Where nearly all were removed.
-  ANGLE_DEVICE static uint64_t any_row(const View& view, uint64_t bits, uint64_t slots, uint64_t* leaf) {
-    uint64_t rows = 0;
-    for (uint64_t slot = 0; slot < slots; ++slot) rows += view.usable(view.leaves()[slot]);
-    if (rows == 0) return kNowhere;
-    uint64_t left = target_of(bits, rows, false, 0, 1);
-    for (uint64_t slot = 0; slot < slots; ++slot) {
-      *leaf = view.leaves()[slot];
-      if (view.usable(*leaf) && left-- == 0) return slot;
-    }
-    return kNowhere;
-  }
-
-  ANGLE_DEVICE static uint64_t descend(const View& view, const int64_t* prefix, uint32_t groups, int64_t target,
-                                       uint64_t* leaf) {
-    uint32_t low = 0;  // how many running sums are <= target
-    for (uint32_t span = groups; span > 0;) {
-      const uint32_t half = span / 2;
-      if (prefix[low + half] <= target) {
-        low += half + 1;
-        span -= half + 1;
-      } else {
-        span = half;
-      }
-    }
-    if (low == groups) return kNowhere;
-    if (low > 0) target -= prefix[low - 1];
-    uint64_t node = low;
-    uint32_t fan = 1u << TreeShape::kTopShift;
-    for (uint32_t level = view.parts.levels; level-- > 0;) {
-      const uint32_t child = child_of(view.sums(level) + node * fan, fan, ~0ull, &target);
-      if (child == fan) return kNowhere;
-      node = node * fan + child;
-      fan = 1u << view.parts.shift[level];
-    }
-    const uint64_t* const leaves = view.leaves() + node * fan;
-    const uint32_t child = child_of(leaves, fan, view.code.weight_mask, &target);
-    if (child == fan) return kNowhere;
-    *leaf = leaves[child];
-    return node * fan + child;
   }
 
   // The stacks of so many draws, newest frame first; `slots`, which are used up, hold the records of that one. Where a
@@ -309,15 +178,6 @@ struct SampleRows {
   ANGLE_DEVICE static double reward_at(const View& view, const SampleParams& p, uint64_t slot) {
     return real_at(view.record(slot) + p.reward_offset, 0, p.reward);
   }
-
-  // (N P)^-b over the largest of the batch, or of the buffer: the smallest weight over each, to the power of b.
-  ANGLE_DEVICE static void weigh(const View& view, const SampleParams& p, uint64_t i) {
-    const double exponent = p.live == nullptr ? p.importance_exponent : p.live[1];
-    const double least = static_cast<double>(p.scratch->least);
-    const bool all_one = view.header().prioritized == 0 || exponent == 0.0;
-    p.importance_weights[i] =
-        all_one ? 1.0f : static_cast<float>(power_of(least / static_cast<double>(p.drawn[i]), exponent));
-  }
 };
 
 // The importance weights of a batch that is too large for the last block alone.
@@ -330,7 +190,7 @@ struct WeighSample {
     const View view(p.view);
     block.each_thread([&](uint32_t thread) {
       const uint64_t i = uint64_t{block.index} * block.threads + thread;
-      if (i < p.n) SampleRows::weigh(view, p, i);
+      if (i < p.n) write_weight(view, p, i);
     });
   }
 };

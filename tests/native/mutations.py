@@ -370,7 +370,7 @@ void descend_leaves(""",
         edits=(
             (
                 SAMPLE,
-                "if (total <= 0 && inserts_are_done() && !choose_by_scan(0, 0, nullptr, s)) {",
+                "if (total <= 0 && inserts_are_done() && !choose_by_scan(0, {}, scans, nullptr, s)) {",
                 "if (total <= 0 && inserts_are_done()) {",
             ),
         ),

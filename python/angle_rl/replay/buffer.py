@@ -73,8 +73,8 @@ class ReplayBuffer:
         device: where sampled tensors are, unless ``sample`` says otherwise. On a CUDA device rows and tree are, too:
             draws, priorities and inserts are launched on the current stream and wait for nothing, the same seed draws
             the same rows as on a CPU, and what the device refuses is raised by a later call. Such a buffer is this
-            process's alone, draws with replacement, and is used by one thread at a time. Rows that do not fit there
-            stay on the host, with ``sample(device="cuda")``.
+            process's alone and is used by one thread at a time. Rows that do not fit there stay on the host, with
+            ``sample(device="cuda")``.
         shared: True: memory that forked children share and that ``multiprocessing`` passes to others. A name: other
             processes of this user find it by :meth:`attach`; it is taken away by :meth:`close` or when the process
             that made it ends, and by :meth:`unlink` where that was killed. Linux only.
@@ -461,7 +461,7 @@ class ReplayBuffer:
         if key is not None and out is not None:
             raise ValueError("key and out are both given; a batch of a key is a fresh one")
         if self.resident:
-            return on_device.sample(self, arguments, bool(arguments[4] & _REPLACEMENT), out, device, key)
+            return on_device.sample(self, arguments, out, device, key)
         if key is not None:
             place = self._device if device is None else check_device(device)
             drawn = map(_to_tensor, self._core.sample_by_key(*arguments, key.value))

@@ -20,6 +20,7 @@ from angle_rl.schema import Schema, flatten
 from angle_rl.tensors import tensor_dtype
 from angle_rl.types import Array, Batch, RandomKey
 
+REPLACEMENT = 2  # the flag of a sample that may hold a row twice
 KEYED = 8  # the kernels' flag of a sample whose draws a key decides
 _ALIGN = 16  # of columns within staged memory
 
@@ -102,6 +103,8 @@ class DeviceCore:
                 4: f"rewards[{index}] is {real}; rewards must be finite in the buffer's dtype",
                 5: f"priorities[{index}] is {real}; priorities must be finite and not negative",
                 6: f"streams[{index}] is {integer}; it must be between 0 and {_core.MAX_STREAMS - 1}",
+                7: f"batch_size is {integer}, but only {index} rows have positive weight; draw fewer, or with "
+                "replacement",
             }[code]
         )
 
@@ -138,7 +141,9 @@ class DeviceCore:
         """
         n, n_step, discount, importance_exponent, flags = arguments
         drawn = torch.empty(n, dtype=torch.int64, device=self.device)
-        live = self._live.data_ptr() if self._real and torch.cuda.is_current_stream_capturing() else 0
+        captured = self._real and torch.cuda.is_current_stream_capturing()
+        memory = [] if flags & REPLACEMENT else self._distinct_memory(n, captured)
+        taken, chosen, listed = [tensor.data_ptr() for tensor in memory] or (0, 0, 0)
         how = flags & 5 | (0 if key is None else KEYED)
         self._launch(
             self._calls.sample,
@@ -150,8 +155,23 @@ class DeviceCore:
             importance_exponent,
             how,
             0 if key is None else key.value,
-            live,
+            self._live.data_ptr() if captured else 0,
+            chosen,
+            taken,
+            memory[0].numel() // 2 if memory else 0,
+            listed,
         )
+
+    def _distinct_memory(self, n: int, captured: bool) -> list[torch.Tensor]:
+        """What the kernel works with that draws `n` rows without replacement: a table of what it has taken, by slot and
+        by node, the slots drawn, and of a uniform buffer a list of rows, of which a graph may find more when launched.
+        """
+        levels, prioritized = len(self._layout["sums_at"]), self._layout["prioritized"]
+        places = 1 << (2 * n * (1 + levels if prioritized else 1) - 1).bit_length()
+        taken = torch.zeros(2 * places, dtype=torch.int64, device=self.device)
+        unknown = captured or self.shares_successors  # how many there are when it runs
+        listed = 0 if prioritized else self.capacity if unknown else self.size
+        return [taken, *(torch.empty(size, dtype=torch.int64, device=self.device) for size in (n, listed))]
 
     def refresh(self, discount: float, importance_exponent: float) -> None:
         """What captured draws read from now on, and the current stream behind what was launched before."""
@@ -321,17 +341,15 @@ def insert(buffer: Any, transition: tuple[Any, ...], ends: tuple[Any, Any, Any, 
     return core.insert([column.data_ptr() for column in columns], n, addresses, check_rewards)
 
 
-def sample(
-    buffer: Any, arguments: Arguments, replacement: bool, out: Batch | None, place: Any, key: RandomKey | None
-) -> Batch:
+def sample(buffer: Any, arguments: Arguments, out: Batch | None, place: Any, key: RandomKey | None) -> Batch:
     """:meth:`ReplayBuffer.sample` from a buffer whose rows are on a device. Waits for nothing."""
     core: DeviceCore = buffer._core
     core.check()
-    if not replacement:
-        raise ValueError("replacement is False; rows on a device are drawn with replacement only")
     if core.inserts == 0:
         raise ValueError("the buffer is empty; insert rows before sampling")
     n = arguments[0]
+    if not arguments[4] & REPLACEMENT and n > core._kernels.MOST_AT_ONCE:
+        raise ValueError(f"batch_size is {n}; without replacement a batch on a device has at most 2**24 rows")
     if out is not None:
         if place is not None:
             raise ValueError("out and device are both given; out is filled where it is, so leave one of them out")
