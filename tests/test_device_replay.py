@@ -523,6 +523,29 @@ def test_a_call_is_left_out_where_the_device_says_so(place, n):
         host.update_priorities(np.arange(n), np.arange(n), where=holds)
 
 
+@pytest.mark.parametrize("n", [8, 5000])
+@pytest.mark.parametrize("replacement", [True, False])
+def test_a_draw_is_left_out_where_the_device_says_so(place, n, replacement):
+    host, there = pair(capacity=5000)
+    for buffer in (host, there):
+        buffer.insert(*rows(np.arange(5000)))
+    out, holds = there.sample(n, replacement=replacement), torch.tensor(False, device=place)
+    host.sample(n, replacement=replacement)
+    before = [tensor.clone() for tensor in tree_leaves(out)]
+    there.sample(n, replacement=replacement, out=out, where=holds)
+    assert_same(before, tree_leaves(out))
+    assert_alike(host, there)
+    holds.fill_(True)
+    there.sample(n, replacement=replacement, out=out, where=holds)
+    assert_same(host.sample(n, replacement=replacement), out)
+    with pytest.raises(ValueError, match="where is given without out"):
+        there.sample(n, where=holds)
+    with pytest.raises(ValueError, match=r"it must be one torch\.bool"):
+        there.sample(n, out=out, where=holds.int())
+    with pytest.raises(ValueError, match="only buffers on a device"):
+        host.sample(n, where=holds)
+
+
 def test_rows_that_do_not_fit_are_told_by_a_later_call_and_not_stored(place):
     there = PrioritizedReplayBuffer(8, SCHEMA, device="cuda")
     there.insert(*rows(np.arange(5)))

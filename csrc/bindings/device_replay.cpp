@@ -85,10 +85,10 @@ class DeviceReplay {
   // addresses: one a field, then discounts, importance weights, handles and steps; drawn: [n] 64-bit words to work
   // with. how: SampleParams::Flags. live: two float64, discount and importance exponent, to be read instead of the
   // arguments when the kernel runs; 0: none. chosen, taken, taken_places, rows: as SampleParams has them; 0 with
-  // replacement.
+  // replacement. where: one bool, False to do nothing; 0: none.
   void sample(const std::vector<uintptr_t>& addresses, uintptr_t drawn, uint64_t n, uint32_t n_step, double discount,
               double importance_exponent, uint32_t how, uint64_t key, uintptr_t live, uintptr_t chosen, uintptr_t taken,
-              uint64_t taken_places, uintptr_t rows, uintptr_t stream) const {
+              uint64_t taken_places, uintptr_t rows, uintptr_t where, uintptr_t stream) const {
     require_columns(addresses.size(), fields_.size() + 4);
     SampleParams p{};
     p.view = view_;
@@ -120,6 +120,7 @@ class DeviceReplay {
     p.taken = at<uint64_t>(taken);
     p.taken_places = taken_places;
     p.rows = at<uint64_t>(rows);
+    p.where = at<const uint8_t>(where);
     check_launch(angle_replay_sample(&p, at<void>(stream)), "replay_sample");
   }
 
@@ -224,7 +225,8 @@ void bind_device_replay(py::module_& m) {
       .def("work_bytes", &DeviceReplay::work_bytes, py::arg("n"))
       .def("sample", &DeviceReplay::sample, py::arg("addresses"), py::arg("drawn"), py::arg("n"), py::arg("n_step"),
            py::arg("discount"), py::arg("importance_exponent"), py::arg("how"), py::arg("key"), py::arg("live"),
-           py::arg("chosen"), py::arg("taken"), py::arg("taken_places"), py::arg("rows"), py::arg("stream"))
+           py::arg("chosen"), py::arg("taken"), py::arg("taken_places"), py::arg("rows"), py::arg("where"),
+           py::arg("stream"))
       .def("update", &DeviceReplay::update, py::arg("handles"), py::arg("td_errors"), py::arg("is_double"),
            py::arg("n"), py::arg("claims"), py::arg("claim_count"), py::arg("refused"), py::arg("where"),
            py::arg("stream"))

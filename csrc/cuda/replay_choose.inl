@@ -7,6 +7,8 @@ namespace angle::device {
 constexpr uint64_t kAttempts = 64, kScan = 2 * kAttempts + 1;  // as core/choose.inl has them
 constexpr uint32_t kTopGroups = TreeShape::kMaxTop >> TreeShape::kTopShift;
 
+ANGLE_DEVICE bool is_left_out(const SampleParams& p) { return p.where != nullptr && *p.where == 0; }
+
 // What a batch's random bits come from.
 struct DrawBits {
   ANGLE_DEVICE DrawBits(const View& view, const SampleParams& p) {

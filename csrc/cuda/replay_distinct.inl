@@ -69,6 +69,7 @@ struct ChooseDistinct {
   };
 
   ANGLE_DEVICE static void run(Block<Shared>& block, const SampleParams& p) {
+    if (is_left_out(p)) return;
     const View view(p.view);
     const Draws draws(view, p);
     Shared& shared = block.shared;

@@ -126,7 +126,8 @@ struct SampleParams {
   float* importance_weights;
   int64_t* handles;
   int64_t* steps;
-  uint64_t* drawn;  // [n], the rows' weights
+  uint64_t* drawn;       // [n], the rows' weights
+  const uint8_t* where;  // one truth value: 0: nothing is drawn, written or counted; null: as if it were 1
   // Of draws without replacement; null with it.
   uint64_t* chosen;       // [n], their slots; all kNowhere where there are too few rows
   uint64_t* taken;        // [2 * taken_places] zeros

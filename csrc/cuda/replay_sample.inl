@@ -28,6 +28,7 @@ struct SampleRows {
   };
 
   ANGLE_DEVICE static void run(Block<Shared>& block, const SampleParams& p) {
+    if (is_left_out(p)) return;
     const View view(p.view);
     SegmentHeader& h = view.header();
     Shared& shared = block.shared;
@@ -187,6 +188,7 @@ struct WeighSample {
   struct Shared {};
 
   ANGLE_DEVICE static void run(Block<Shared>& block, const SampleParams& p) {
+    if (is_left_out(p)) return;
     const View view(p.view);
     block.each_thread([&](uint32_t thread) {
       const uint64_t i = uint64_t{block.index} * block.threads + thread;

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from angle_rl.engines.base import PolicyLoss, Update, UpdateResult, target_pairs, without_gradients
 from angle_rl.engines.graph_keys import CannotCaptureError, DrawProgram, Draws
@@ -70,14 +71,15 @@ class CudaGraphEngine:
     updates go on in torch, and a RuntimeWarning says why; `name` and `why` change accordingly.
 
     The numbers are TorchEngine's from the same keys, but for rounding. After an update that is not finite, those behind
-    it in the same call change nothing, yet have drawn their batches: from there on the replay's draws are others.
+    it in the same call change nothing and draw nothing, as if they had not been asked for.
 
     Args:
         capture: False: nothing is recorded, the same steps are taken one by one, on any device (for tests).
 
     The replay has, besides `sample` and `update_priorities`: ``resident``, True; ``refresh()``, before each call;
-    ``launched(samples=)``, after each launch of so many draws; ``sample(n, out=)`` and ``update_priorities(handles,
-    td_errors, where=)``, a bool scalar on the device without which nothing changes, of which neither waits for it.
+    ``launched(samples=)``, after each launch of so many draws; ``sample(n, out=, where=)`` and ``update_priorities(
+    handles, td_errors, where=)``, a bool scalar on the device without which nothing changes, of which neither waits
+    for it.
     """
 
     def __init__(self, spec: UpdateSpec, update: Update, *, why: str = "as asked for", capture: bool = True) -> None:
@@ -251,14 +253,14 @@ class CudaGraphEngine:
         """One update. Sets `flag` ``[2]`` to whether it ended at the critics, and whether it ended early at all."""
         spec, update = self._spec, self._update
         target_key, *policy_keys = key.split(1 + policy_steps)
-        batch = self._sample("critics")
+        batch = self._sample("critics", failed)
         with self._no_statistics_after(failed):
             q, loss, td_error = critics_loss(spec, update, batch, batch.rewards * scale, weights, target_key)
             self._descend(loss, update.optimizers["critics"], failed)
         flag[0].copy_(failed)
         result = UpdateResult(True, batch, q.detach(), loss.detach(), None, None)
         for policy_key in policy_keys:
-            own = batch if spec.policy_batch == "critic" else self._sample("policy")
+            own = batch if spec.policy_batch == "critic" else self._sample("policy", failed)
             before = failed.clone() if result.policy_loss is not None else None
             with without_gradients(self._critic_parameters), self._no_statistics_after(failed):
                 learned = update.policy_loss(own, policy_key)
@@ -281,14 +283,18 @@ class CudaGraphEngine:
         flag[1].copy_(failed)
         return result
 
-    def _sample(self, whose: str) -> Batch:
+    def _sample(self, whose: str, failed: torch.Tensor) -> Batch:
+        """A batch; the one before, or at first zeros, where `failed` is 1."""
         self._samples += 1
         replay, size = self._update.replay, self._spec.batch_size
         batch = self._batches.get(whose)
+        if batch is None and whose == "critics":  # the first of all, before which nothing can have failed
+            first: Batch = replay.sample(size)
+            self._batches[whose] = first
+            return first
         if batch is None:
-            batch = self._batches[whose] = replay.sample(size)
-        else:
-            replay.sample(size, out=batch)
+            batch = self._batches[whose] = Batch(*tree_map(torch.zeros_like, self._batches["critics"]))
+        replay.sample(size, out=batch, where=failed == 0)
         return batch
 
     def _descend(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer, failed: torch.Tensor) -> None:

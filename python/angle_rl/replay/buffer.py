@@ -434,6 +434,7 @@ class ReplayBuffer:
         out: Batch | None = None,
         device: torch.device | str | None = None,
         key: RandomKey | None = None,
+        where: torch.Tensor | None = None,
     ) -> Batch:
         """Draw ``batch_size`` rows.
 
@@ -445,6 +446,8 @@ class ReplayBuffer:
             device: where the tensors shall be; CUDA is reached by an asynchronous copy from pinned memory.
             key: decides the draws, in place of the buffer's own random state, which stays as it is: later batches are
                 as if this one had not been drawn, and the statistics do not count it. Not together with ``out``.
+            where: one bool on the device of a buffer there, together with ``out``: while False, nothing is drawn or
+                counted, and ``out`` stays as it is. So a captured graph leaves out what comes after a step that failed.
 
         Returns:
             A :class:`~angle_rl.types.Batch` of fresh tensors, or ``out``. Every row was complete and of positive weight
@@ -461,7 +464,9 @@ class ReplayBuffer:
         if key is not None and out is not None:
             raise ValueError("key and out are both given; a batch of a key is a fresh one")
         if self.resident:
-            return on_device.sample(self, arguments, out, device, key)
+            return on_device.sample(self, arguments, out, device, key, where)
+        if where is not None:
+            raise ValueError("where is given; only buffers on a device look at it there, elsewhere leave the call out")
         if key is not None:
             place = self._device if device is None else check_device(device)
             drawn = map(_to_tensor, self._core.sample_by_key(*arguments, key.value))

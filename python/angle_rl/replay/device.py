@@ -135,7 +135,13 @@ class DeviceCore:
         self.launched()
         return handles
 
-    def sample(self, arguments: Arguments, tensors: Sequence[torch.Tensor], key: RandomKey | None) -> None:
+    def sample(
+        self,
+        arguments: Arguments,
+        tensors: Sequence[torch.Tensor],
+        key: RandomKey | None,
+        where: torch.Tensor | None = None,
+    ) -> None:
         """Launch the draw of a batch into `tensors`. While a graph is captured, the discount and the importance
         exponent are those of the last `refresh` before each launch of it.
         """
@@ -160,6 +166,7 @@ class DeviceCore:
             taken,
             memory[0].numel() // 2 if memory else 0,
             listed,
+            0 if where is None else where.data_ptr(),
         )
 
     def _distinct_memory(self, n: int, captured: bool) -> list[torch.Tensor]:
@@ -341,7 +348,14 @@ def insert(buffer: Any, transition: tuple[Any, ...], ends: tuple[Any, Any, Any, 
     return core.insert([column.data_ptr() for column in columns], n, addresses, check_rewards)
 
 
-def sample(buffer: Any, arguments: Arguments, out: Batch | None, place: Any, key: RandomKey | None) -> Batch:
+def sample(
+    buffer: Any,
+    arguments: Arguments,
+    out: Batch | None,
+    place: Any,
+    key: RandomKey | None,
+    where: torch.Tensor | None,
+) -> Batch:
     """:meth:`ReplayBuffer.sample` from a buffer whose rows are on a device. Waits for nothing."""
     core: DeviceCore = buffer._core
     core.check()
@@ -350,12 +364,16 @@ def sample(buffer: Any, arguments: Arguments, out: Batch | None, place: Any, key
     n = arguments[0]
     if not arguments[4] & REPLACEMENT and n > core._kernels.MOST_AT_ONCE:
         raise ValueError(f"batch_size is {n}; without replacement a batch on a device has at most 2**24 rows")
+    if where is not None:
+        if out is None:
+            raise ValueError("where is given without out, the batch that stays as it is where nothing is drawn")
+        _check_where(core, where)
     if out is not None:
         if place is not None:
             raise ValueError("out and device are both given; out is filled where it is, so leave one of them out")
         leaves = buffer._batches.leaves(out)
         buffer._batches.check_out(leaves, n, core.device)
-        core.sample(arguments, leaves, key)
+        core.sample(arguments, leaves, key, where)
         return out
     tensors = [torch.empty(size, dtype=dtype, device=core.device) for size, dtype in buffer._batches.sizes(n)]
     core.sample(arguments, tensors, key)
@@ -386,11 +404,16 @@ def update_priorities(buffer: Any, handles: Any, td_errors: Any, where: torch.Te
         )
     if handles.numel() > core._kernels.MOST_AT_ONCE:
         raise ValueError(f"handles has {handles.numel()} rows; on a device a call takes at most 2**24")
-    if where is not None and (where.dtype != torch.bool or where.numel() != 1 or where.device != core.device):
+    if where is not None:
+        _check_where(core, where)
+    return core.update(handles, td_errors, where)
+
+
+def _check_where(core: DeviceCore, where: torch.Tensor) -> None:
+    if where.dtype != torch.bool or where.numel() != 1 or where.device != core.device:
         raise ValueError(
             f"where is {where.dtype} {tuple(where.shape)} on {where.device}; it must be one torch.bool on {core.device}"
         )
-    return core.update(handles, td_errors, where)
 
 
 def there(core: DeviceCore, tensor: torch.Tensor) -> torch.Tensor:
