@@ -43,7 +43,8 @@ def test_all_of_it_runs_by_the_kernels_for_the_host(emulated):
     assert (status, written["metadata"]["failed"]) == (0, [])
     assert not [note for note in written["notes"] if "torchrl" not in note]
     ran = {(row["operation"], row["library"]) for row in written["rows"]}
-    for operation in ("sample_update", "sample_update_graph", "insert_host", "insert_device"):
+    replay = ("sample_update", "sample_update_graph", "insert_host", "insert_device", "sample_frames", "insert_frames")
+    for operation in replay:
         assert {(operation, "angle"), (operation, "floor")} <= ran
     for operation in OPERATIONS:
         for name in (operation.name, f"{operation.name}_graph"):

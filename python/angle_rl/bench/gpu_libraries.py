@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from angle_rl import device as devices
-from angle_rl.bench import libraries, peers
+from angle_rl.bench import libraries, peers, replay_atari
 from angle_rl.bench.rows import HALFCHEETAH, Rows, Sampled, Shape
 
 OURS, TORCHRL, TORCHRL_HOST_TREE = "angle", "torchrl", "torchrl-host-tree"
@@ -64,6 +64,16 @@ class Angle(libraries.Angle):
         return tuple(rows)
 
     def arrays(self, batch: Any) -> Sampled:
+        return super().arrays(batch._replace(**{name: tensor.cpu() for name, tensor in batch._asdict().items()}))
+
+
+class AtariAngle(replay_atari.Angle):
+    """Ours with frames on a device."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity, device="cuda")
+
+    def arrays(self, batch: Any) -> Any:
         return super().arrays(batch._replace(**{name: tensor.cpu() for name, tensor in batch._asdict().items()}))
 
 

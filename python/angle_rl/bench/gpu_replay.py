@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
-from angle_rl.bench.gpu_libraries import PAGE, Angle, TorchRL, TorchRLHostTree, chunks_there, make_there
+from angle_rl.bench import replay_atari
+from angle_rl.bench.gpu_libraries import PAGE, Angle, AtariAngle, TorchRL, TorchRLHostTree, chunks_there, make_there
 from angle_rl.bench.gpu_timing import Case, Place, all_of, bound, turns
 from angle_rl.bench.replay_checks import check_library
 from angle_rl.bench.rows import HALFCHEETAH, Shape, check_indices, make_rows
@@ -73,6 +76,42 @@ def measure_replay(place: Place) -> None:
             _measure_buffer(place, buffer, peers)
         if place.real:
             torch.cuda.empty_cache()
+    with place.part("frames"):
+        _measure_frames(place)
+
+
+def _measure_frames(place: Place) -> None:
+    """Atari rows, of which a record keeps one frame: draws, and inserts of as many as vectors of environments give."""
+    capacity, batch = place.choose((20_000, 256), (5_000, 256), (300, 8))
+    ours = AtariAngle(capacity)
+    inserted = capacity + replay_atari.CHUNK
+    for first in range(0, inserted, replay_atari.CHUNK):
+        ours.insert_many(replay_atari.make_rows(np.arange(first, min(first + replay_atari.CHUNK, inserted))))
+
+    def check() -> None:
+        replay_atari.check_rows(ours.arrays(ours.sample(batch)), inserted - capacity, inserted - 1, ours.name)
+
+    check()
+    frame, stacks = replay_atari.SIDE**2, 2 * replay_atari.FRAMES
+    drawn = batch * ((stacks + replay_atari.FRAMES + 1) * frame + LEAF + WORD + HANDLE + WEIGHT + DISCOUNT + STEPS)
+    about: dict[str, Any] = {"batch": batch, "capacity": capacity, "rows": replay_atari.ROWS}
+    cases = [
+        Case(library=ours.name, call=partial(ours.sample, batch)),
+        Case(library=ours.name, call=partial(ours.sample_out, batch), extra={"out": True}),
+    ]
+    place.measure("sample_frames", cases, **about)
+    place.add_floor("sample_frames", place.ceilings.floor_us(drawn, 1), bytes=drawn, **about)
+    check()
+    for rows in place.choose((8, 64), (8,), (3,)):
+        made = replay_atari.make_rows(np.arange(inserted, inserted + rows))
+        call = partial(ours.insert_many, made)
+        place.measure("insert_frames", [Case(library=ours.name, call=call)], **{**about, "batch": rows})
+        count = rows * stacks * frame
+        over = count / place.ceilings.host_bandwidth * 1e6
+        place.add_floor("insert_frames", over, bytes=count, **{**about, "batch": rows})
+    faults = ours.buffer.audit()
+    if faults:
+        raise RuntimeError(f"angle: after the measurements {faults[0]}")
 
 
 def _require_tree(kind: type[TorchRL]) -> None:
