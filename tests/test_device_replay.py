@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from angle_rl import AgentConfig, device
 from angle_rl.agents.replays import check_replay
 from angle_rl.replay import PrioritizedReplayBuffer, ReplayBuffer
-from angle_rl.replay.device import DeviceCore, rows_after, rows_before
+from angle_rl.replay.device import DeviceCore
+from angle_rl.replay.resident import rows_after, rows_before
 from angle_rl.types import RandomKey
 
 PLACES = ["host kernels", pytest.param("cuda", marks=pytest.mark.cuda)]

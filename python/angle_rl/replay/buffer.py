@@ -11,8 +11,8 @@ import torch
 
 from angle_rl import _core
 from angle_rl.device import free_memory
-from angle_rl.replay import device as on_device
 from angle_rl.replay import export, saving, sharing
+from angle_rl.replay import resident as on_device
 from angle_rl.replay.arrays import (
     check_device,
     check_flag,
@@ -23,6 +23,7 @@ from angle_rl.replay.arrays import (
     require_memory,
 )
 from angle_rl.replay.batches import CPU, BatchLayout
+from angle_rl.replay.device import DeviceCore
 from angle_rl.replay.images import frames_of, record_bytes, shares_successors
 from angle_rl.replay.prefetch import Prefetcher
 from angle_rl.replay.sharing import Place
@@ -143,8 +144,8 @@ class ReplayBuffer:
         options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
         capacity = check_integer("capacity", options["capacity"], 1, 2**63 - 1)
         seed = check_integer("seed", options["seed"], 0, 2**64 - 1)
-        self.resident = resident = check_device(options["device"]).type == "cuda"
-        if resident and place.kind != "private":
+        self.resident = check_device(options["device"]).type == "cuda"
+        if self.resident and place.kind != "private":
             raise ValueError(
                 f"device is {options['device']!r} and the memory is to be {place.kind}; leave out one of them"
             )
@@ -152,7 +153,7 @@ class ReplayBuffer:
         frames = frames_of(schema, options["frame_stack"], share)
         options |= {"share_successors": share}
         if place.kind != "file":
-            available = free_memory(options["device"]) if resident else None
+            available = free_memory(options["device"]) if self.resident else None
             require_memory(capacity, record_bytes(schema, share, frames), available)
         self._configure(schema, options, place)
         meta = sharing.describe(schema, self._prioritized, options)
@@ -171,7 +172,7 @@ class ReplayBuffer:
                 **self._core_priorities(options),
             )
 
-        core: Any = on_device.DeviceCore(lambda: make("private", ""), self._device) if resident else None
+        core: Any = DeviceCore(lambda: make("private", ""), self._device) if self.resident else None
         self._core: _core.Replay = make(place.kind, place.target) if core is None else core
         if place.kind == "named":
             self._end = sharing.take_name_away(self)
@@ -281,27 +282,11 @@ class ReplayBuffer:
     @property
     def memory_device(self) -> torch.device:
         """Where rows and tree are."""
-        return self._there().device if self.resident else CPU
-
-    def refresh(self) -> None:
-        """Before a captured graph of draws and updates is launched: its draws read the discount and the importance
-        exponent as they are now, it comes after earlier calls, and what the device has refused is raised.
-        """
-        _, _, discount, exponent, _ = self._sample_arguments(1)
-        self._there().refresh(discount, exponent)
-
-    def launched(self, samples: int = 1) -> None:
-        """After such a graph, of so many draws, was launched on the current stream: calls on others wait for it."""
-        self._there().launched()
+        return on_device.core_of(self).device if self.resident else CPU
 
     def _host_core(self) -> _core.Replay:
         """The core, or, where that is on a device, a copy of it in host memory."""
-        return self._there().pull() if self.resident else self._core
-
-    def _there(self) -> on_device.DeviceCore:
-        core: Any = self._core  # made to be used as the host's is
-        assert isinstance(core, on_device.DeviceCore)
-        return core
+        return on_device.core_of(self).pull() if self.resident else self._core
 
     @property
     def importance_exponent(self) -> ImportanceExponent:
@@ -417,7 +402,7 @@ class ReplayBuffer:
         if tensor.dim() != 1:
             raise ValueError(f"handles has the shape {tuple(tensor.shape)}; it must be (n,)")
         if self.resident:
-            return self._there().remove_rows(tensor)
+            return on_device.core_of(self).remove_rows(tensor)
         return self._core.remove(tensor.data_ptr(), tensor.numel())
 
     # ---- batches out ----
@@ -514,7 +499,7 @@ class ReplayBuffer:
         return n, n_step, discount, importance_exponent, flags
 
     def _scheduled(self, schedule: Callable[[int], float]) -> float:
-        inserts = self._there().inserts if self.resident else self._core.stats()["inserts"]
+        inserts = on_device.core_of(self).inserts if self.resident else self._core.stats()["inserts"]
         return check_number("importance_exponent", float(schedule(inserts)), 0.0)
 
     def prefetch(
@@ -564,35 +549,10 @@ class ReplayBuffer:
 
     # ---- state ----
 
-    def export_state(self) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Everything that decides the next batches: byte arrays, which are views of the buffer, and JSON-able facts.
-
-        Only while no other call is under way; copy the views before the next insert if they are to stay.
-        """
-        facts = {
-            "fields": [[f.name, list(f.shape), f.dtype.str] for f in self.schema.fields],
-            "capacity": self.capacity,
-            "prioritized": self._prioritized,
-            "share_successors": self._fixed["share_successors"],
-            "frame_stack": self._core.stack,
-            "size": len(self),
-        }
-        return self._core.parts(), facts
-
-    def import_state(self, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
-        """Take over what :meth:`export_state` gave, in place of all rows here.
-
-        Raises ValueError, and changes nothing, when the state comes from another schema, capacity or kind of buffer.
-        """
-        own = self.export_state()[1]
-        for name in ("fields", "capacity", "prioritized", "share_successors", "frame_stack"):
-            if facts.get(name) != own[name]:
-                raise ValueError(f"the saved replay's {name} is {facts.get(name)}; this buffer's is {own[name]}")
-        for name in ("header", "index", "records"):
-            if name not in arrays:
-                raise ValueError(f"the saved replay lacks the array {name!r}")
-        self._core.restore(**{name: np.ascontiguousarray(arrays[name]) for name in ("header", "index", "records")})
-
+    export_state = saving.export_state
+    import_state = saving.import_state
+    refresh = on_device.refresh
+    launched = on_device.launched
     save = saving.save
     load = classmethod(saving.load)
     export_arrays = export.export_arrays

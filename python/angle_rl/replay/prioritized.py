@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import gymnasium as gym
 import torch
 
-from angle_rl.replay import device as on_device
+from angle_rl.replay import resident as on_device
 from angle_rl.replay import sharing
 from angle_rl.replay.arrays import check_number, handle_tensor, host
 from angle_rl.replay.buffer import Described, ImportanceExponent, ReplayBuffer

@@ -1,4 +1,4 @@
-"""A replay saved to a file and loaded from it: :meth:`ReplayBuffer.save` and :meth:`ReplayBuffer.load`."""
+"""A replay's state as arrays, saved to a file, and loaded from it: methods of :class:`ReplayBuffer`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from angle_rl.replay import files, sharing
 from angle_rl.replay.arrays import check_integer
 from angle_rl.replay.files import Manifest, ReplayFileError
 from angle_rl.schema import from_json, to_json
+from angle_rl.types import Array
 
 
 def save(self: Any, path: PathLike) -> Path:
@@ -87,6 +88,37 @@ def load(cls: Any, path: PathLike, *, shared: bool | str | None = None, backing:
             os.unlink(place.target)
         raise
     return buffer
+
+
+def export_state(self: Any) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Everything that decides the next batches: byte arrays, which are views of the buffer, and JSON-able facts.
+
+    Only while no other call is under way; copy the views before the next insert if they are to stay.
+    """
+    facts = {
+        "fields": [[f.name, list(f.shape), f.dtype.str] for f in self.schema.fields],
+        "capacity": self.capacity,
+        "prioritized": self._prioritized,
+        "share_successors": self._fixed["share_successors"],
+        "frame_stack": self._core.stack,
+        "size": len(self),
+    }
+    return self._core.parts(), facts
+
+
+def import_state(self: Any, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
+    """Take over what :meth:`export_state` gave, in place of all rows here.
+
+    Raises ValueError, and changes nothing, when the state comes from another schema, capacity or kind of buffer.
+    """
+    own = self.export_state()[1]
+    for name in ("fields", "capacity", "prioritized", "share_successors", "frame_stack"):
+        if facts.get(name) != own[name]:
+            raise ValueError(f"the saved replay's {name} is {facts.get(name)}; this buffer's is {own[name]}")
+    for name in ("header", "index", "records"):
+        if name not in arrays:
+            raise ValueError(f"the saved replay lacks the array {name!r}")
+    self._core.restore(**{name: np.ascontiguousarray(arrays[name]) for name in ("header", "index", "records")})
 
 
 def _fill(core: _core.Replay, path: PathLike, manifest: Manifest) -> None:
