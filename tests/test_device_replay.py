@@ -779,6 +779,7 @@ def test_captured_draws_without_replacement_follow_a_buffer_that_grows(place):
     with torch.cuda.graph(graph):
         there.sample(256, out=out)
     for _ in range(5):
+        there.refresh()
         graph.replay()
         there.launched()
         batch = host.sample(256)
