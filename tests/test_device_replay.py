@@ -582,6 +582,27 @@ def test_an_empty_buffer_and_one_without_weight():
     assert there.sample(3).handles.tolist() == [1] * 3
 
 
+@pytest.mark.parametrize("kind", [ReplayBuffer, PrioritizedReplayBuffer])
+@pytest.mark.parametrize("replacement", [True, False])
+@pytest.mark.parametrize("n", [3, 300])
+def test_a_draw_that_finds_no_row_counts_as_on_the_host(kind, replacement, n):
+    """What follows is what would have been drawn in its place."""
+    host, there = pair(kind, 64, replacement=replacement)
+    for buffer in (host, there):
+        handles = buffer.insert(*rows(np.arange(50)))
+        buffer.remove(handles)
+    with pytest.raises(ValueError, match="positive weight"):
+        host.sample(n)
+    assert (there.sample(n).handles == -1).all()
+    wait(there)
+    with pytest.raises(ValueError, match="positive weight"):
+        there.sample(n)
+    for buffer in (host, there):
+        buffer.insert(*rows(np.arange(50)))
+    assert_same(host.sample(3), there.sample(3))
+    assert_alike(host, there)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

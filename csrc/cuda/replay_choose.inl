@@ -165,7 +165,7 @@ ANGLE_DEVICE uint64_t choose(const View& view, const SampleParams& p, const int6
   for (uint64_t attempt = 1; attempt <= kAttempts; ++attempt) {
     if (view.usable(view.leaves()[slot])) return slot;
     // From all slots, not from the stratum: else the rows beside one that holds none would get its share.
-    add(&view.header().retries, uint64_t{1});
+    add(&p.scratch->retries, uint64_t{1});
     slot = target_of(bits.of(attempt, i), total, false, i, p.n);
   }
   return view.usable(view.leaves()[slot]) ? slot : any_row(view, bits.of(kScan, i), total);

@@ -29,6 +29,8 @@ struct ReplayView {
 struct ReplayScratch {
   uint64_t smallest;  // weight of the batch that is being drawn; ~0 between calls
   uint64_t least;     // smallest, or the buffer's, of the batch drawn last
+  uint64_t retries;   // of the batch that is being drawn; 0 between calls
+  uint64_t nothing;   // 1: a draw of it found no row; 0 between calls
   uint32_t finished;  // blocks of the running kernel; 0 between calls
   float default_priority;
   uint64_t default_weight;

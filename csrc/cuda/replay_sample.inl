@@ -56,7 +56,7 @@ struct SampleRows {
         const uint64_t slot = chosen ? p.chosen[i] : choose(view, p, shared.top.prefix, total, i);
         slots[lane] = ends[lane] = slot;
         if (slot == kNowhere) {
-          if (!chosen) tell(p.flags, ReplayFlags::kNothingToSample, 0, 0, 0.0);
+          raise(&p.scratch->nothing, 1);
           p.handles[i] = -1;
           p.discounts[i] = 0.0f;
           p.steps[i] = 0;
@@ -113,7 +113,11 @@ struct SampleRows {
       p.scratch->least = shared.lowest < smallest ? shared.lowest : smallest;
       p.scratch->smallest = ~0ull;
       p.scratch->finished = 0;
-      const bool none = chosen ? p.chosen[0] == kNowhere : total == 0;
+      const bool none = fresh(&p.scratch->nothing) != 0;
+      const uint64_t retries = fresh(&p.scratch->retries);
+      p.scratch->nothing = p.scratch->retries = 0;
+      h.retries += none && retries > kAttempts ? kAttempts : retries;  // the host gives up with the first draw
+      if (none && !chosen) tell(p.flags, ReplayFlags::kNothingToSample, 0, 0, 0.0);
       if (none || (p.how & SampleParams::kKeyed) != 0) return;
       ++h.sample_calls;
       h.samples += p.n;
