@@ -28,30 +28,23 @@ def make_replay(
     Of stacked images (`observation_history`) it keeps each frame once.
     """
     hyperparameters = config.hyperparameters
-    home = config.training.device if rows_on_device(config, observation_space, action_space) else "cpu"
+    options: dict[str, Any] = {
+        "observation_space": observation_space,
+        "action_space": action_space,
+        "n_step": hyperparameters.n_step,
+        "discount": hyperparameters.discount,
+        "frame_stack": _frame_stack(config, observation_space),
+        "seed": seed,
+        "device": config.training.device if rows_on_device(config, observation_space, action_space) else "cpu",
+    }
     if hyperparameters.replay == "uniform":
-        return ReplayBuffer(
-            hyperparameters.replay_capacity,
-            observation_space=observation_space,
-            action_space=action_space,
-            n_step=hyperparameters.n_step,
-            discount=hyperparameters.discount,
-            frame_stack=_frame_stack(config, observation_space),
-            seed=seed,
-            device=home,
-        )
+        return ReplayBuffer(hyperparameters.replay_capacity, **options)
     return PrioritizedReplayBuffer(
         hyperparameters.replay_capacity,
-        observation_space=observation_space,
-        action_space=action_space,
         priority_exponent=hyperparameters.priority_exponent,
         importance_exponent=hyperparameters.importance_exponent,
         priority_epsilon=hyperparameters.priority_epsilon,
-        n_step=hyperparameters.n_step,
-        discount=hyperparameters.discount,
-        frame_stack=_frame_stack(config, observation_space),
-        seed=seed,
-        device=home,
+        **options,
     )
 
 
