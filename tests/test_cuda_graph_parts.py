@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,8 @@ from angle_rl.config import AgentConfig, Training
 from angle_rl.engines import CudaGraphEngine, TorchEngine, cuda_graph, describe_engine, graph_refusal, make_engine
 from angle_rl.engines.graph_keys import CannotCaptureError, Draws
 from angle_rl.engines.masked import has_switch, kept_where_failed, mark_not_finite, step_refusal
+from angle_rl.feed import GymnasiumFeed
+from angle_rl.replay import PrioritizedReplayBuffer
 from angle_rl.trainer import AgentTrainer
 from angle_rl.types import RandomKey
 
@@ -315,5 +318,40 @@ def test_a_run_on_it_is_a_run_on_the_torch_engine(agent, tmp_path, monkeypatch):
         )
     (updates, expected), (others, parameters) = found
     assert updates == others == 40
+    for one, other in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+class Pictures(gymnasium.Env):
+    """Frames of noise that the action shifts; an episode has ten to twenty."""
+
+    observation_space, action_space = spaces.Box(0, 255, (12, 12), np.uint8), spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.frame = self.np_random.integers(0, 256, (12, 12), np.uint8)
+        return self.frame.copy(), {}
+
+    def step(self, action):
+        self.frame = np.roll(self.frame, action - 1, 1)
+        self.frame[0] = self.np_random.integers(0, 256, 12, np.uint8)
+        return self.frame.copy(), float(action), bool(self.np_random.random() < 0.05), False, {}
+
+
+def test_a_run_on_images_is_the_same_with_frames_on_the_device(tmp_path, monkeypatch):
+    found = []
+    for buffer in (PrioritizedReplayBuffer, ResidentReplay):
+        config = small(tmp_path / buffer.__name__, 120, agent="dqn", observation_history=4, n_step=2)
+        if buffer is ResidentReplay:
+            made_so = lambda spec, update, *_, **__: CudaGraphEngine(spec, update, capture=False)  # noqa: E731
+            monkeypatch.setattr(actor_critic, "make_engine", made_so)
+        places = {"observation_space": spaces.Box(0, 255, (4, 12, 12), np.uint8), "action_space": Pictures.action_space}
+        replay = buffer(100, **places, frame_stack=4, n_step=2, seed=2)
+        trainer = AgentTrainer(config, GymnasiumFeed([Pictures()], factory=Pictures), replay=replay)
+        trainer.train()
+        found.append((trainer.updates, replay.stats()["held"], [p.detach() for p in trainer.critics.parameters()]))
+    (updates, held, expected), (others, theirs, parameters) = found
+    assert updates == others == 100
+    assert held == theirs > 0
     for one, other in zip(parameters, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
