@@ -13,7 +13,7 @@
 // depends on them comes after a barrier or a launch:
 //   add, raise, lower      the word becomes the sum, the larger, the smaller
 //   add_and_tell, swap_if  give what was there; with swap_if `desired` is there now if that was `expected`
-//   fresh                  a load
+//   fresh, set             a load and a store
 //   fence, fence_for_host  all writes before it are seen by whoever sees a write after it
 //
 // launch<Kernel>(p, blocks, stream) gives 0, or the device's error code, which error_text explains.

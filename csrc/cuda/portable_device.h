@@ -24,6 +24,7 @@ ANGLE_DEVICE void lower(uint64_t* at, uint64_t value) {
   atomicMin(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
 }
 ANGLE_DEVICE uint64_t fresh(const uint64_t* at) { return *const_cast<const volatile uint64_t*>(at); }
+ANGLE_DEVICE void set(uint64_t* at, uint64_t value) { *const_cast<volatile uint64_t*>(at) = value; }
 ANGLE_DEVICE uint64_t swap_if(uint64_t* at, uint64_t expected, uint64_t desired) {
   return atomicCAS(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(expected),
                    static_cast<unsigned long long>(desired));

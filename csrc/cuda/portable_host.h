@@ -22,6 +22,7 @@ ANGLE_DEVICE uint32_t add_and_tell(uint32_t* at, uint32_t by) {
 ANGLE_DEVICE void raise(uint64_t* at, uint64_t value) { *at = value > *at ? value : *at; }
 ANGLE_DEVICE void lower(uint64_t* at, uint64_t value) { *at = value < *at ? value : *at; }
 ANGLE_DEVICE uint64_t fresh(const uint64_t* at) { return *at; }
+ANGLE_DEVICE void set(uint64_t* at, uint64_t value) { *at = value; }
 ANGLE_DEVICE uint64_t swap_if(uint64_t* at, uint64_t expected, uint64_t desired) {
   const uint64_t found = *at;
   if (found == expected) *at = desired;
