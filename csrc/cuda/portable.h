@@ -1,5 +1,6 @@
-// What lets one source be a kernel for a device (nvcc) and a loop on the host (any C++20 compiler): the second is how
-// the kernels are tested where there is no device.
+// What lets one source be a kernel for a device (nvcc), a loop on the host (any C++20 compiler), by which the kernels
+// are tested where there is no device, and, under ANGLE_DEVICE_THREADS, threads on the host, one for each of a
+// device's, in which ThreadSanitizer finds what a loop cannot show: races, and barriers that are missing or diverge.
 //
 // A kernel is a struct: Params, by value; Shared, the memory of one block; kThreads; and
 //   static void run(Block<Shared>& block, const Params& p).
@@ -40,6 +41,8 @@ constexpr int kLanes = 32;
 
 #if defined(__CUDACC__)
 #include "cuda/portable_device.h"
+#elif defined(ANGLE_DEVICE_THREADS)
+#include "cuda/portable_threads.h"
 #else
 #include "cuda/portable_host.h"
 #endif
