@@ -85,7 +85,7 @@ struct InsertRowsKernel {
     CountChanges counts;
     uint64_t largest, saturated, nan_rows;
     uint64_t slots[kWarps][kLanes];
-    uint32_t nan[kWarps][kLanes];  // whether an observation of the warp's row holds a NaN
+    uint64_t nan[kWarps][kLanes];  // whether an observation of the warp's row holds a NaN
   };
 
   ANGLE_DEVICE static void run(Block<Shared>& block, const InsertParams& p) {
@@ -110,7 +110,7 @@ struct InsertRowsKernel {
       if (base >= p.n) return;
       const uint32_t rows = static_cast<uint32_t>(p.n - base < p.rows_per_warp ? p.n - base : p.rows_per_warp);
       uint64_t* const slots = shared.slots[warp.index];
-      uint32_t* const nan = shared.nan[warp.index];
+      uint64_t* const nan = shared.nan[warp.index];
       warp.each([&](int lane) {
         nan[lane] = 0;
         if (static_cast<uint32_t>(lane) < rows) {
@@ -126,7 +126,7 @@ struct InsertRowsKernel {
         warp.each([&](int lane) {
           for (uint32_t at = static_cast<uint32_t>(lane); at < rows * width; at += kLanes) {
             const double value = real_at(column, at, field.looked_at);
-            if (value != value) nan[at / width] = 1;
+            if (value != value) raise(&nan[at / width], uint64_t{1});
           }
         });
       }

@@ -57,7 +57,7 @@ ANGLE_DEVICE void claim_one(const View& view, const UpdateParams& p, Claims clai
     return;
   }
   const Place at = view.place_of(static_cast<uint64_t>(p.handles[i]));
-  if (view.holds(at, view.place_of(issued).lap)) claims.claim(at.slot, i);
+  if (view.holds(view.leaves()[at.slot], at, view.place_of(issued).lap)) claims.claim(at.slot, i);
 }
 
 struct UpdateShared {
@@ -77,16 +77,17 @@ ANGLE_DEVICE void update_one(const View& view, const UpdateParams& p, Claims cla
   if (cut) add(&shared.saturated, uint64_t{1});
   raise(&shared.largest, uint64_t{bits_of(priority)});
   const Place at = view.place_of(static_cast<uint64_t>(p.handles[i]));
-  // The same for all threads of the call, as laps do not change and rows stay rows.
-  if (!view.holds(at, view.place_of(view.header().next_ticket).lap)) {
+  // The same for all threads of the call: which word each finds depends on when it looks, but laps do not change and
+  // rows stay rows.
+  const uint64_t old_leaf = fresh(&view.leaves()[at.slot]);
+  if (!view.holds(old_leaf, at, view.place_of(view.header().next_ticket).lap)) {
     add(&shared.refused, uint64_t{1});
     return;
   }
   if (!claims.is_last(at.slot, i)) return;
-  const uint64_t old_leaf = view.leaves()[at.slot];
   const uint64_t leaf = view.code.make(at.lap, LeafCode::kComputed, weight);
   *view.word(at.slot, RecordLayout::kPriority) = RecordPriority::of(priority, at.lap);
-  view.leaves()[at.slot] = leaf;
+  set(&view.leaves()[at.slot], leaf);
   change_weight(view, shared.counts, at.slot, old_leaf, leaf);
 }
 
@@ -225,9 +226,9 @@ struct RemoveRows {
       const uint64_t issued_lap = view.place_of(h.next_ticket).lap;
       for (uint64_t i = thread; i < p.n; i += block.threads) {
         const Place at = view.place_of(static_cast<uint64_t>(p.handles[i]));
-        const uint64_t leaf = view.leaves()[at.slot], held = view.code.make(at.lap, LeafCode::kHeld, 0);
+        const uint64_t leaf = fresh(&view.leaves()[at.slot]), held = view.code.make(at.lap, LeafCode::kHeld, 0);
         // Of equal handles one takes the row out, and the others find it gone.
-        if (!view.holds(at, issued_lap) || swap_if(&view.leaves()[at.slot], leaf, held) != leaf) {
+        if (!view.holds(leaf, at, issued_lap) || swap_if(&view.leaves()[at.slot], leaf, held) != leaf) {
           add(&shared.refused, uint64_t{1});
           continue;
         }

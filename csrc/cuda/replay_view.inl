@@ -47,8 +47,8 @@ struct View {
   }
   // A row that can be drawn.
   ANGLE_DEVICE bool usable(uint64_t leaf) const { return code.weight(leaf) != 0 && code.is_row(leaf); }
-  ANGLE_DEVICE bool holds(const Place& at, uint64_t issued_lap) const {
-    const uint64_t leaf = leaves()[at.slot];
+  // Whether a leaf, of the place's slot, is that of the place's row.
+  ANGLE_DEVICE bool holds(uint64_t leaf, const Place& at, uint64_t issued_lap) const {
     // Of rows older than this the lap bits alone might have come round to the same value again.
     return at.lap + code.lap_mask / 2 >= issued_lap && code.has_lap(leaf, at.lap) && code.is_row(leaf);
   }

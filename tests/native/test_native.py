@@ -13,6 +13,7 @@ PROGRAMS = {
     "angle_tests": [],
     "angle_stress": ["--seconds", "1"],
     "angle_schedule": [],
+    "angle_device": [],
 }
 
 
