@@ -77,7 +77,7 @@ inline int lowest_bit(uint32_t bits) { return std::countr_zero(bits); }
 
 // ---- waiting ----
 
-constexpr int kLongestWait = 30;  // seconds
+constexpr int kLongestWait = 120;  // seconds
 constexpr int kLooks = 3;         // before a thread sleeps
 
 [[noreturn]] inline void give_up(const char* what, const char* place, const char* other = "") {

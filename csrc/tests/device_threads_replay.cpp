@@ -134,8 +134,7 @@ class Pair {
       const uint64_t usable = usable_rows();
       if (usable > 0 || plan_.prioritized) {
         step("draw");
-        // Of many draws that meet no row, each would tell.
-        draw(usable == 0 ? 1 : up_to(plan_.most_draws, call), true, call % 4 == 2);
+        draw(up_to(plan_.most_draws, call), true, call % 4 == 2);
         step("draw without replacement");
         const uint64_t most = std::min(plan_.most_draws / 3 + 1, kMostDistinct);
         draw(up_to(std::min(most, usable + usable / 16 + 1), call), false, call % 4 == 3);
