@@ -78,7 +78,7 @@ inline int lowest_bit(uint32_t bits) { return std::countr_zero(bits); }
 // ---- waiting ----
 
 constexpr int kLongestWait = 120;  // seconds
-constexpr int kLooks = 3;         // before a thread sleeps
+constexpr int kLooks = 3;          // before a thread sleeps
 
 [[noreturn]] inline void give_up(const char* what, const char* place, const char* other = "") {
   std::fprintf(stderr, "%s:\n  %s\n  %s\n", what, place, other);
