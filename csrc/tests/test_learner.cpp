@@ -24,6 +24,8 @@ void* counted(size_t bytes, size_t alignment) {
 }
 }  // namespace
 
+// Where gcc inlines one of a pair alone, it takes the other's free for a mistake.
+#pragma GCC diagnostic ignored "-Wmismatched-new-delete"
 void* operator new(size_t bytes) { return counted(bytes, alignof(std::max_align_t)); }
 void* operator new(size_t bytes, std::align_val_t alignment) { return counted(bytes, static_cast<size_t>(alignment)); }
 void* operator new(size_t bytes, const std::nothrow_t&) noexcept {

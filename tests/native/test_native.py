@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -43,6 +44,4 @@ def test_program_passes(built: Path, program: str) -> None:
 
 def test_every_program_is_run() -> None:
     listed = (ROOT / "csrc" / "tests" / "CMakeLists.txt").read_text()
-    assert {line.split("(")[1].split()[0] for line in listed.splitlines() if line.startswith("add_executable(")} == set(
-        PROGRAMS
-    )
+    assert set(re.findall(r"^ *add_executable\((\w+)", listed, re.MULTILINE)) == set(PROGRAMS)
