@@ -47,6 +47,11 @@ def chunks_there(count: int, shape: Shape, device: torch.device) -> Iterator[The
         yield make_there(torch.arange(first, min(first + step, count), device=device), shape)
 
 
+def _on_host(batch: Any) -> Any:
+    """A batch of plain columns with its tensors in host memory."""
+    return batch._replace(**{name: tensor.cpu() for name, tensor in batch._asdict().items()})
+
+
 class Angle(libraries.Angle):
     """Ours on a device."""
 
@@ -64,7 +69,7 @@ class Angle(libraries.Angle):
         return tuple(rows)
 
     def arrays(self, batch: Any) -> Sampled:
-        return super().arrays(batch._replace(**{name: tensor.cpu() for name, tensor in batch._asdict().items()}))
+        return super().arrays(_on_host(batch))
 
 
 class AtariAngle(replay_atari.Angle):
@@ -74,7 +79,7 @@ class AtariAngle(replay_atari.Angle):
         super().__init__(capacity, device="cuda")
 
     def arrays(self, batch: Any) -> Any:
-        return super().arrays(batch._replace(**{name: tensor.cpu() for name, tensor in batch._asdict().items()}))
+        return super().arrays(_on_host(batch))
 
 
 class TorchRL(peers.TorchRL):

@@ -23,7 +23,7 @@ from angle_rl.replay.arrays import (
     require_memory,
 )
 from angle_rl.replay.batches import CPU, BatchLayout
-from angle_rl.replay.device import DeviceCore
+from angle_rl.replay.device import REPLACEMENT, DeviceCore
 from angle_rl.replay.images import frames_of, record_bytes, shares_successors
 from angle_rl.replay.prefetch import Prefetcher
 from angle_rl.replay.sharing import Place
@@ -38,7 +38,7 @@ Described: TypeAlias = "Mapping[str, Any] | Sequence[Any] | Schema | None"
 
 # What torch.utils.dlpack.from_dlpack calls for a capsule, without the wrapper's 0.15 us.
 _to_tensor: Callable[[Any], torch.Tensor] = getattr(torch._C, "_from_dlpack", torch.utils.dlpack.from_dlpack)
-_STRATIFIED, _REPLACEMENT, _BOUND_BY_BUFFER = 1, 2, 4  # the core's flags of a sample
+_STRATIFIED, _BOUND_BY_BUFFER = 1, 4  # with REPLACEMENT the core's flags of a sample
 _MOST_STEPS = 2**20
 _CHECKS: dict[str, Callable[[Any], Any]] = {  # of attributes, so that a draw need not check them anew
     "n_step": lambda value: check_integer("n_step", value, 1, _MOST_STEPS),
@@ -493,7 +493,7 @@ class ReplayBuffer:
             importance_exponent = check_number("importance_exponent", importance_exponent, 0.0)
         flags = _STRATIFIED if (self.stratified if stratified is None else check_flag("stratified", stratified)) else 0
         if self.replacement if replacement is None else check_flag("replacement", replacement):
-            flags |= _REPLACEMENT
+            flags |= REPLACEMENT
         if self._bound_by_buffer:
             flags |= _BOUND_BY_BUFFER
         return n, n_step, discount, importance_exponent, flags

@@ -108,7 +108,8 @@ class DeviceCore:
     def insert(self, columns: Sequence[int], n: int, flags: Sequence[int], check_rewards: bool) -> Array | torch.Tensor:
         """Launch the insert of `n` rows and return their handles: an array, or, where successors are shared and only
         the device knows how many records they take, a tensor there. `flags`: addresses of terminated, truncated,
-        streams, priorities and the streams' order (`order_of`), 0 where there is none.
+        streams, priorities and the streams' order (`resident.rows_after`, or where
+        successors are shared `resident.rows_before`), 0 where there is none.
         """
         terminated, truncated, streams, priorities, *order = flags
         self._in_order()
