@@ -292,13 +292,12 @@ struct PlaceRows {
     }
 
     // Takes a row out of the draws, if it is one.
-    ANGLE_DEVICE bool retire(const Place& at) {
+    ANGLE_DEVICE void retire(const Place& at) {
       const uint64_t leaf = view.leaves()[at.slot], held = view.code.make(at.lap, LeafCode::kHeld, 0);
-      if (!view.code.has_lap(leaf, at.lap) || !view.code.is_row(leaf)) return false;
+      if (!view.code.has_lap(leaf, at.lap) || !view.code.is_row(leaf)) return;
       view.leaves()[at.slot] = held;
       change_weight(view, counts, at.slot, leaf, held);
       --rows;
-      return true;
     }
 
     // Whether the older frames of a row are all there.
